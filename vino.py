@@ -1,0 +1,1435 @@
+"""VINO: one generator for images and videos, in one file, in the paper's order.
+
+Text, reference images and a reference video go in; a new or an edited image or video comes out.
+
+    0. Config                          every size, with the paper's as defaults
+    1. Multi-modal conditions          (paper 2.1, figure 4)  frozen Qwen3-VL, learnable queries, two connectors
+    2. Interleaved omnimodal context   (paper 2.2, figure 5)  references and target on one timeline
+    3. MMDiT                           (appendix A)           HunyuanVideo's diffusion transformer
+    4. VAE                             (appendix A)           HunyuanVideo's causal 3D autoencoder
+    5. Rectified flow and guidance     (appendix B)           loss, sampler, text and image guidance
+    6. Vino                            all of it together: load, save, encode, velocity, generate
+
+Modules and parameters carry the public checkpoints' names, so that real weights load without a renaming table.
+Shapes: B batch, L tokens, T frames, H height, W width, C channels, D width of a transformer.
+"""
+
+import json
+import math
+import pickle
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message is one line that says what, where, and what would be right."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 0. Config: field names are those of the public config files; a JSON file overrides fields by name
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextConfig:
+    """The language model of Qwen3-VL-4B-Instruct."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 2560
+    intermediate_size: int = 9728
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 262144
+    rope_theta: float = 5e6
+    mrope_section: list = field(default_factory=lambda: [24, 20, 20])  # frequencies of time, height, width
+    tie_word_embeddings: bool = True
+
+
+@dataclass
+class VisionConfig:
+    """The vision tower of Qwen3-VL-4B-Instruct and the pixels it gets."""
+
+    depth: int = 24
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_heads: int = 16
+    out_hidden_size: int = 2560
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    num_position_embeddings: int = 2304
+    deepstack_visual_indexes: list = field(default_factory=lambda: [5, 11, 17])
+    # The release resizes twice: each row is (multiple of pixels, least and most pixels). The second row of
+    # `video_resize` counts the pixels of all frames together.
+    image_resize: list = field(default_factory=lambda: [[28, 4 * 28**2, 16384 * 28**2], [32, 2**16, 2**24]])
+    video_resize: list = field(
+        default_factory=lambda: [[28, 256 * 32**2, 768 * 28**2], [32, 2**12, 25165824]]
+    )
+    video_frames: int = 8  # appendix B
+
+
+@dataclass
+class MMDiTConfig:
+    """HunyuanVideo's transformer, 13 billion parameters."""
+
+    in_channels: int = 16
+    out_channels: int = 16
+    num_attention_heads: int = 24
+    attention_head_dim: int = 128
+    num_layers: int = 20
+    num_single_layers: int = 40
+    num_refiner_layers: int = 2
+    mlp_ratio: float = 4.0
+    patch_size: int = 2
+    patch_size_t: int = 1
+    text_embed_dim: int = 4096
+    pooled_projection_dim: int = 768
+    rope_theta: float = 256.0
+    rope_axes_dim: list = field(default_factory=lambda: [16, 56, 56])
+
+    @property
+    def width(self):
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass
+class VAEConfig:
+    """HunyuanVideo's autoencoder: 8x smaller in height and width, 4x in time."""
+
+    latent_channels: int = 16
+    block_out_channels: list = field(default_factory=lambda: [128, 256, 512, 512])
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.476986
+    tile_frames: list = field(default_factory=lambda: [16, 12])  # (length, stride) of a tile, always used
+    tile_pixels: list = field(
+        default_factory=lambda: [256, 192]
+    )  # (side, stride) of a tile, for large frames only
+    untiled_area: int = 2**19  # frames of up to so many pixels are not cut
+
+
+@dataclass
+class SamplingConfig:
+    """The release's defaults; a pair is (for an image, for a video)."""
+
+    image_size: list = field(default_factory=lambda: [640, 640])  # (height, width)
+    video_size: list = field(default_factory=lambda: [480, 848])
+    reference_area: int = 480 * 848
+    frames: int = 85
+    max_frames: int = 89
+    max_images: int = 8
+    fps: int = 24
+    steps: int = 50
+    shift: list = field(default_factory=lambda: [5.0, 7.0])
+    cfg_text: list = field(default_factory=lambda: [5.0, 7.0])
+    cfg_image: float = 1.0
+    negative_prompt: list = field(
+        default_factory=lambda: [
+            "low quality, blurry, distorted, malformed, watermark, text",
+            "low quality, blurry, distorted, malformed, flickering, jitter, watermark, text",
+        ]
+    )
+
+
+@dataclass
+class HubConfig:
+    """Where the public weights are: hub ids or local folders."""
+
+    vlm: str = "Qwen/Qwen3-VL-4B-Instruct"
+    base: str = "hunyuanvideo-community/HunyuanVideo"
+    vino: str = "SOTAMak1r/VINO-weight"
+
+
+@dataclass
+class Config:
+    """Everything that fixes a VINO; the defaults are the paper's full size (3.1, Base Models)."""
+
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    mmdit: MMDiTConfig = field(default_factory=MMDiTConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    num_queries: int = 256  # learnable tokens; 0 is the ablation of figure 8
+    boundary_tokens: bool = True  # False is the ablation of figure 11
+    training: dict = field(default_factory=dict)  # changes to table 1, by stage: see train.py
+
+    @classmethod
+    def from_dict(cls, overrides):
+        """Defaults with `overrides` by name. An unknown field or a wrong type is an InputError that names it."""
+        config = cls()
+        override(config, overrides, "")
+        return config
+
+    @classmethod
+    def from_file(cls, path):
+        """Like `from_dict`, from a JSON file."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise InputError(f"cannot read the config {path}: {error.strerror}") from error
+        except json.JSONDecodeError as error:
+            raise InputError(f"config {path}, line {error.lineno}: not JSON ({error.msg})") from error
+
+
+def override(node, overrides, prefix):
+    """Set the fields of the dataclass `node` to the values of the dictionary `overrides`, in place, recursively."""
+    known = {f.name for f in fields(node)}
+    for name, value in overrides.items():
+        if name not in known:
+            raise InputError(
+                f"config: unknown field '{prefix}{name}'; known here: {', '.join(sorted(known))}"
+            )
+        current = getattr(node, name)
+        if is_dataclass(current) and isinstance(value, dict):
+            override(current, value, f"{prefix}{name}.")
+        elif type(value) is type(current) or (type(value), type(current)) == (int, float):
+            setattr(node, name, value)
+        else:
+            raise InputError(
+                f"config: field '{prefix}{name}' is {type(value).__name__}, should be {type(current).__name__}"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 1. Multi-modal conditions (2.1, figure 4): what the frozen VLM reads and what comes out of it
+# ----------------------------------------------------------------------------------------------------------
+
+SYSTEM_PROMPT = "You are a helpful assistant aimed at generating an output video caption."
+REWRITE_PROMPT = (
+    "Rewrite the following short prompt as one detailed caption of the picture or the video it asks for. Name subjects, "
+    "colours, background, light and motion. Keep every fact of the prompt, and answer with the caption alone.\n\n"
+)
+SPECIAL_TOKENS = (
+    "<|im_end|> <|endoftext|> <|im_start|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+).split()
+
+
+def byte_tokenizer(special_tokens=SPECIAL_TOKENS):
+    """A tokenizer that needs no file: ids 0-255 are the bytes (their printable symbols, sorted), then the special
+    tokens. It stands in for Qwen's wherever a tiny VLM stands in for Qwen3-VL."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special_tokens]
+    )
+    return tokenizer
+
+
+def letterbox_size(width, height, area, multiple=16):
+    """(h, w), multiples of `multiple`, whose area is closest to `area` at the aspect ratio width / height."""
+    ratio = width / height
+    middle = round(math.sqrt(area / ratio) / multiple)
+    best = (math.inf,)
+    for h in range(multiple * max(1, middle - 256), multiple * (middle + 257), multiple):
+        for steps in (math.floor(ratio * h / multiple), math.ceil(ratio * h / multiple)):
+            w = multiple * max(1, steps)
+            best = min(best, (abs(h * w - area), abs(w / h - ratio), h, w))
+    return best[2:]
+
+
+def letterbox(image, area):
+    """The PIL image scaled to fit `letterbox_size` and centred on white."""
+    h, w = letterbox_size(*image.size, area)
+    scale = min(w / image.width, h / image.height)
+    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    canvas = Image.new("RGB", (w, h), "white")
+    canvas.paste(
+        image.convert("RGB").resize(inner, Image.LANCZOS), ((w - inner[0]) // 2, (h - inner[1]) // 2)
+    )
+    return canvas
+
+
+def video_size(width, height, area):
+    """(h, w) of the given area at the aspect ratio width / height: the size at which a clip is read."""
+    h = math.sqrt(area / (width / height))
+    return round(h), round(h * (width / height))
+
+
+def vlm_size(height, width, multiple, least, most, frames=1):
+    """(h, w), multiples of `multiple` near the given size, with `least` to `most` pixels in all `frames` together."""
+    h = max(multiple, round(height / multiple) * multiple)
+    w = max(multiple, round(width / multiple) * multiple)
+    if frames * h * w > most:
+        shrink = math.sqrt(frames * height * width / most)
+        h = max(multiple, math.floor(height / shrink / multiple) * multiple)
+        w = max(multiple, math.floor(width / shrink / multiple) * multiple)
+    elif frames * h * w < least:
+        grow = math.sqrt(least / (frames * height * width))
+        h = math.ceil(height * grow / multiple) * multiple
+        w = math.ceil(width * grow / multiple) * multiple
+    return h, w
+
+
+def to_frames(images):
+    """PIL images of one size, or a uint8 array [T, H, W, 3] -> uint8 [T, 3, H, W]."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+
+def bicubic(frames, size):
+    """Antialiased resizing of [T, 3, H, W] to (h, w). uint8 and float round differently; the release uses both."""
+    return F.interpolate(frames, size, mode="bicubic", antialias=True) if frames.shape[2:] != size else frames
+
+
+def normalize(frames):
+    """[T, 3, H, W] in 0..255 -> [1, 3, T, H, W] in [-1, 1]."""
+    return frames.transpose(0, 1)[None].float() / 127.5 - 1
+
+
+def patchify(pixels, config):
+    """Pixels as Qwen's vision tower takes them: merged 2 x 2 groups first, a lone frame repeated in time.
+
+    Args:
+        pixels: [B, 3, T, H, W] in [-1, 1]; H and W multiples of patch_size * spatial_merge_size.
+        config: a VisionConfig.
+    Returns:
+        patches [B, t*h*w, 3 * temporal_patch_size * patch_size**2] and the grid (t, h, w).
+    """
+    p, m, q = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    repeats = -pixels.shape[2] % q
+    pixels = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, repeats, -1, -1)], dim=2)
+    x = (
+        pixels.unflatten(4, (-1, m, p)).unflatten(3, (-1, m, p)).unflatten(2, (-1, q))
+    )  # [B,3, t,q, h,m,p, w,m,p]
+    grid = (x.shape[2], x.shape[4] * m, x.shape[7] * m)
+    return x.permute(0, 2, 4, 7, 5, 8, 1, 3, 6, 9).flatten(6).flatten(1, 5).contiguous(), grid
+
+
+@dataclass
+class Reference:
+    """One reference image or video, once for each of its two readers (2.2)."""
+
+    pixels: Tensor  # [B, 3, T, H, W] in [-1, 1], for the VAE; T = 1 for an image
+    patches: Tensor  # [B, t*h*w, 3*2*16*16], for the VLM
+    grid: tuple  # (t, h, w): patches along time, height and width
+    is_video: bool
+
+    @classmethod
+    def image(cls, image, area, config):
+        """A PIL image, letterboxed to `area` pixels. `config` is a VisionConfig."""
+        image = letterbox(image, area)
+        (h, w), rule = vlm_size(image.height, image.width, *config.image_resize[0]), config.image_resize[1]
+        seen = to_frames([image.resize((w, h), Image.BICUBIC)])
+        seen = bicubic(seen, vlm_size(h, w, *rule))
+        return cls(normalize(to_frames([image])), *patchify(normalize(seen), config), is_video=False)
+
+    @classmethod
+    def video(cls, clip, frames, config, area=None):
+        """A clip, uint8 [T, H, W, 3]. The VAE gets its first `frames` (4k + 1), at `area` pixels when that is given;
+        the VLM gets 8 frames spread over all of it."""
+        length, height, width = clip.shape[:3]
+        if length < 5:
+            raise InputError(f"the video has {length} frame(s), and the VAE needs at least 5")
+        first = to_frames(clip[: (min(frames, length) - 1) // 4 * 4 + 1])
+        if area:
+            first = bicubic(first.float(), video_size(width, height, area)).round().clamp(0, 255)
+        first = first[..., : first.shape[2] // 16 * 16, : first.shape[3] // 16 * 16]
+        spread = torch.linspace(0, length - 1, config.video_frames).round().long()
+        size, rule = vlm_size(height, width, *config.video_resize[0]), config.video_resize[1]
+        seen = bicubic(to_frames(clip[spread]).float(), size).round().clamp(0, 255)
+        seen = bicubic(seen, vlm_size(*size, *rule, frames=len(spread)))
+        return cls(normalize(first), *patchify(normalize(seen), config), is_video=True)
+
+
+@dataclass
+class EncodedReference:
+    """A reference after both of its encoders. Neither depends on the prompt, so every guidance branch shares it."""
+
+    latents: Tensor  # [B, C, T, H, W], scaled
+    features: Tensor  # [B, t*h*w / 4, D] of the VLM
+    deepstack: list  # the same shape, for each of the VLM's deepstack layers
+    grid: tuple
+    is_video: bool
+
+
+@dataclass
+class Condition:
+    """What the MMDiT is conditioned on."""
+
+    tokens: Tensor  # [B, L, text_embed_dim]: prompt, then learnable queries
+    mask: Tensor | None  # [B, L], True where valid; None where nothing is padded
+    references: list  # latents [B, C, T, H, W] that stand in the visual sequence
+    boundaries: list  # one (start, end) per reference, each [B, D]
+
+
+@dataclass
+class Prompt:
+    """Figure 4's template, filled in and tokenised."""
+
+    ids: list  # L token ids
+    positions: Tensor  # [3, L]: M-RoPE positions in time, height and width
+    starts: list  # for each reference, the index of its (first) start token
+    ends: list  # and of its (last) end token
+
+
+def build_prompt(tokenizer, text, references, merge):
+    """Figure 4: system line, images, video, text. `references` need `grid` and `is_video`; `merge` is the VLM's
+    spatial_merge_size. Text stays text: a special token spelled in it is not one."""
+
+    def token(name):
+        return (name, 1, 1)
+
+    pieces = [token("<|im_start|>"), f"system\n{SYSTEM_PROMPT}", token("<|im_end|>"), "\n"]
+    pieces += [token("<|im_start|>"), "user\n"]
+    for reference in references:
+        t, h, w = reference.grid[0], reference.grid[1] // merge, reference.grid[2] // merge
+        if reference.is_video:
+            pieces.append("Video 1: ")
+            for pair in range(t):  # two frames each; the release's processor assumes 24 frames a second
+                pieces += [f"<{(2 * pair + 0.5) / 24:.1f} seconds>", token("<|vision_start|>")]
+                pieces += [("<|video_pad|>", h, w), token("<|vision_end|>")]
+        else:
+            number = sum(isinstance(piece, str) and piece.startswith("Image ") for piece in pieces) + 1
+            pieces += [
+                f"Image {number}: ",
+                token("<|vision_start|>"),
+                ("<|image_pad|>", h, w),
+                token("<|vision_end|>"),
+            ]
+    pieces += [text, token("<|im_end|>"), "\n", token("<|im_start|>"), "assistant\n"]
+
+    ids, positions, offset = [], [], 0
+    for is_text, run in groupby(pieces, lambda piece: isinstance(piece, str)):
+        if is_text:  # neighbouring pieces of text are tokenised as one
+            tokenizer.encode_special_tokens = True
+            run_ids = tokenizer.encode("".join(run), add_special_tokens=False).ids
+            ids += run_ids
+            positions.append((offset + torch.arange(len(run_ids))).expand(3, -1))
+            offset += len(run_ids)
+            continue
+        for name, h, w in run:  # a plain token is a 1 x 1 image
+            ids += [tokenizer.token_to_id(name)] * (h * w)
+            positions.append(
+                offset + torch.stack(torch.meshgrid(*map(torch.arange, (1, h, w)), indexing="ij")).flatten(1)
+            )
+            offset += max(h, w)
+
+    starts = [i for i, x in enumerate(ids) if x == tokenizer.token_to_id("<|vision_start|>")]
+    ends = [i for i, x in enumerate(ids) if x == tokenizer.token_to_id("<|vision_end|>")]
+    first = [0]  # how many start tokens stand before each reference: a video has one per pair of frames
+    for reference in references:
+        first.append(first[-1] + (reference.grid[0] if reference.is_video else 1))
+    return Prompt(
+        ids, torch.cat(positions, 1), [starts[i] for i in first[:-1]], [ends[i - 1] for i in first[1:]]
+    )
+
+
+class Connector(nn.Module):
+    """Two-layer MLP from the VLM's hidden states to the MMDiT (2.1)."""
+
+    def __init__(self, in_dim, out_dim):
+        super().__init__()
+        self.norm_qwen = nn.RMSNorm(in_dim, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, 4 * out_dim), nn.GELU("tanh"), nn.Linear(4 * out_dim, out_dim)
+        )
+
+    def forward(self, hidden):  # [..., in_dim] -> [..., out_dim]
+        return self.mlp(self.norm_qwen(hidden))
+
+
+class MultiModalEncoder(nn.Module):
+    """Frozen Qwen3-VL, learnable queries behind the prompt, and the two connectors (2.1, figure 3 left)."""
+
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.merge, self.boundary_tokens = config.vision.spatial_merge_size, config.boundary_tokens
+        self.mm_encoder = build_vlm(config)
+        width = config.text.hidden_size
+        self.metaquery = nn.Parameter(torch.randn(config.num_queries, width) / math.sqrt(width))
+        self.connector = Connector(width, config.mmdit.text_embed_dim)
+        self.connector_vae_branch = Connector(width, config.mmdit.width)
+        self.mm_encoder.requires_grad_(False)
+
+    @torch.no_grad()
+    def look(self, reference):
+        """Run the vision tower. Returns features [B, n, D] and, for each deepstack layer, features of that shape."""
+        vision = self.mm_encoder.model.visual
+        batch = reference.patches.shape[0]
+        patches = reference.patches.flatten(0, 1).to(self.metaquery.device, vision.dtype)
+        output = vision(patches, grid_thw=torch.tensor([reference.grid] * batch, device=patches.device))
+        features, deepstack = (
+            output[-2],
+            output[-1],
+        )  # a pair in transformers 4, a record that ends in it in 5
+        return features.unflatten(0, (batch, -1)), [layer.unflatten(0, (batch, -1)) for layer in deepstack]
+
+    def read(self, prompts, references):
+        """The VLM's penultimate hidden states for the prompts and, behind them, the learnable queries.
+
+        The prompt runs once without gradient and leaves its keys and values; the queries run against those, with
+        gradient. Attention is causal, so this equals one pass over both, and training memory does not depend on the
+        prompt's length.
+
+        Args:
+            prompts: B texts. references: EncodedReferences of batch size B (or 1), images before the video.
+        Returns:
+            hidden [B, L, D], mask [B, L] or None, starts [B, R], ends [B, R]: the references' boundary tokens in L.
+        """
+        device, model = self.metaquery.device, self.mm_encoder.model.language_model
+        batch = [build_prompt(self.tokenizer, text, references, self.merge) for text in prompts]
+        length = max(len(prompt.ids) for prompt in batch)
+        pad = [length - len(prompt.ids) for prompt in batch]  # on the left
+        filler = self.tokenizer.token_to_id("<|endoftext|>")
+        ids = torch.tensor([[filler] * n + prompt.ids for n, prompt in zip(pad, batch)], device=device)
+        positions = torch.stack([F.pad(prompt.positions, (n, 0)) for n, prompt in zip(pad, batch)], 1).to(
+            device
+        )
+        queries = self.metaquery.to(model.dtype).expand(len(batch), -1, -1)
+        mask = None
+        if any(pad):
+            ahead = torch.arange(length + queries.shape[1], device=device)
+            mask = ahead >= torch.tensor(pad, device=device)[:, None]
+
+        cache = DynamicCache()
+        with torch.no_grad():
+            embeds, deepstack, where = model.embed_tokens(ids), None, None
+            if references:
+                pads = [self.tokenizer.token_to_id(name) for name in ("<|image_pad|>", "<|video_pad|>")]
+                where = torch.isin(ids, torch.tensor(pads, device=device))
+                levels = zip(*[[r.features, *r.deepstack] for r in references])
+                features, *deepstack = [
+                    torch.cat([part.expand(len(batch), -1, -1) for part in level], 1).flatten(0, 1)
+                    for level in levels
+                ]
+                embeds[where] = features.to(embeds.dtype)
+            prompt_mask = None if mask is None else mask[:, :length]
+            hidden = self.penultimate(embeds, positions, prompt_mask, cache, where, deepstack)
+        # The release starts the queries' positions at the last prompt token's, not one after it.
+        positions = positions[:, :, -1:] + torch.arange(queries.shape[1], device=device)
+        if queries.shape[1]:
+            hidden = torch.cat([hidden, self.penultimate(queries, positions, mask, cache)], 1)
+        starts = torch.tensor(
+            [[n + i for i in prompt.starts] for n, prompt in zip(pad, batch)], device=device
+        )
+        ends = torch.tensor([[n + i for i in prompt.ends] for n, prompt in zip(pad, batch)], device=device)
+        return hidden, mask, starts.long(), ends.long()
+
+    def penultimate(self, embeds, positions, mask, cache, visual_mask=None, deepstack=None):
+        """What enters the language model's last layer. Shapes: embeds [B, L, D], positions [3, B, L]."""
+        model, entered = self.mm_encoder.model.language_model, []
+        order = cache.get_seq_length() + torch.arange(embeds.shape[1], device=embeds.device)
+        order = order.expand(
+            1, embeds.shape[0], -1
+        )  # a fourth row of positions keeps attention masks plainly causal
+        with model.layers[-1].register_forward_pre_hook(lambda layer, args: entered.append(args[0])):
+            model(
+                inputs_embeds=embeds,
+                position_ids=torch.cat([order, positions]),
+                attention_mask=None if mask is None else mask.long(),
+                past_key_values=cache,
+                use_cache=True,
+                visual_pos_masks=visual_mask,
+                deepstack_visual_embeds=deepstack,
+            )
+        return entered[0]
+
+    def forward(self, prompts, references, vae_branch=True):
+        """Condition for the MMDiT. With `vae_branch` off, the references reach the VLM only (image reconstruction,
+        appendix B)."""
+        hidden, mask, starts, ends = self.read(prompts, references)
+        rows, boundaries = torch.arange(hidden.shape[0], device=hidden.device), []
+        weights = self.connector.mlp[0].weight.dtype
+        for k in range(len(references) if vae_branch and self.boundary_tokens else 0):
+            pair = torch.stack([hidden[rows, starts[:, k]], hidden[rows, ends[:, k]]])
+            boundaries.append(tuple(self.connector_vae_branch(pair.to(weights))))
+        latents = [r.latents.expand(len(prompts), -1, -1, -1, -1) for r in references] if vae_branch else []
+        return Condition(self.connector(hidden.to(weights)), mask, latents, boundaries)
+
+    @torch.no_grad()
+    def rewrite(self, prompt, max_new_tokens=200):
+        """Let the VLM expand a short prompt into a long one (the paper's dagger rows). Greedy, so repeatable."""
+        special = self.tokenizer.token_to_id
+        self.tokenizer.encode_special_tokens = True
+        parts = ["user\n" + REWRITE_PROMPT + prompt, "\n", "assistant\n"]
+        user, newline, assistant = [
+            self.tokenizer.encode(part, add_special_tokens=False).ids for part in parts
+        ]
+        start, end = special("<|im_start|>"), special("<|im_end|>")
+        ids = torch.tensor([[start, *user, end, *newline, start, *assistant]], device=self.metaquery.device)
+        output = self.mm_encoder.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        return self.tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True).strip()
+
+
+def build_vlm(config):
+    """Qwen3-VL of the config's sizes, with random weights. transformers knows the architecture; `rope_parameters` is
+    its version 5 name for version 4's `rope_scaling`, and 5 still takes the old one."""
+    text = asdict(config.text)
+    tie = text.pop("tie_word_embeddings")
+    text["rope_scaling"] = {
+        "rope_type": "default",
+        "mrope_section": text.pop("mrope_section"),
+        "mrope_interleaved": True,
+    }
+    vision = asdict(config.vision)
+    for ours in ("image_resize", "video_resize", "video_frames"):
+        del vision[ours]
+    return Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config=text | {"tie_word_embeddings": tie}, vision_config=vision, tie_word_embeddings=tie
+        )
+    ).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2. Interleaved omnimodal context (2.2, figure 5): references, boundary tokens and target on one timeline
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Block:
+    """A piece of the visual sequence: a boundary token (shape 1 x 1 x 1) or a block of latent patches."""
+
+    kind: str  # "start", "reference", "end" or "target"
+    time: int  # where it begins on the RoPE time axis
+    shape: tuple  # (T, H, W) in patches
+
+    @property
+    def tokens(self):
+        return math.prod(self.shape)
+
+    def positions(self):
+        """[tokens, 3]: (t, h, w) of every token; height and width count from 0 in each block."""
+        t, h, w = (torch.arange(n) for n in self.shape)
+        return torch.stack(torch.meshgrid(self.time + t, h, w, indexing="ij"), -1).flatten(0, 2)
+
+
+def timeline(references, target, boundaries=True):
+    """Figure 5 as a list of Blocks: every reference between its two boundary tokens, then the target.
+
+    Args: shapes (T, H, W) in patches; without `boundaries` the blocks follow each other directly (figure 11)."""
+    blocks, time = [], 0
+    for shape in references:
+        pieces = [("start", (1, 1, 1)), ("reference", shape), ("end", (1, 1, 1))]
+        for kind, size in pieces if boundaries else pieces[1:2]:
+            blocks.append(Block(kind, time, size))
+            time += size[0]
+    return [*blocks, Block("target", time, target)]
+
+
+def pack(references, boundaries, target):
+    """One sequence of references, boundary tokens and noisy target, and where each token stands (figure 5).
+
+    Args:
+        references: patch embeddings [B, D, T, H, W], in the prompt's order.
+        boundaries: for each reference its (start, end), each [B, D]: the tokens that wrap it in the VLM, projected.
+            Empty: no boundary tokens.
+        target: patch embeddings [B, D, T, H, W] of the noisy target.
+    Returns:
+        tokens [B, L, D], the target's last, and positions [L, 3] in (time, height, width).
+    """
+    tokens = []
+    for k, reference in enumerate(references):
+        block = reference.flatten(2).transpose(1, 2)
+        start_end = [token[:, None].to(block.dtype) for token in boundaries[k]] if boundaries else []
+        tokens += [*start_end[:1], block, *start_end[1:]]
+    tokens.append(target.flatten(2).transpose(1, 2))
+    blocks = timeline([r.shape[2:] for r in references], target.shape[2:], bool(boundaries))
+    return torch.cat(tokens, 1), torch.cat([block.positions() for block in blocks]).to(target.device)
+
+
+def rope_3d(positions, axes_dim, theta):
+    """Rotation of every token: angles position * theta**(-2i/d), with a share d of the head for each axis.
+
+    Args: positions [L, 3]; axes_dim: three even numbers that add up to the head's size.
+    Returns: (cos, sin), each [L, 1, head / 2]."""
+    angles = []
+    for position, dim in zip(positions.unbind(-1), axes_dim, strict=True):
+        frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+        angles.append(position[:, None].float() * frequencies)
+    angles = torch.cat(angles, -1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Turn neighbouring pairs of channels, x [B, L, heads, head], by the angles of `rope_3d`."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. MMDiT (appendix A): dual-stream blocks, then single-stream blocks, modulated by the timestep
+# ----------------------------------------------------------------------------------------------------------
+
+
+def attend(q, k, v, mask=None):
+    """Softmax attention, q, k, v [B, L, heads, head] -> [B, L, D]. `mask` is True where a key may be seen."""
+    x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+    return x.transpose(1, 2).flatten(2)
+
+
+def sinusoid(t, dim=256):
+    """Sinusoidal features [B, dim] of t [B], cosines first, in float32."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without parameters, then scale and shift from the timestep."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Modulation(nn.Module):
+    """The timestep embedding [B, D] as `count` vectors [B, 1, D]: shifts, scales and gates."""
+
+    def __init__(self, width, count):
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(width, count * width)
+
+    def forward(self, embedding):
+        return self.linear(F.silu(embedding))[:, None].chunk(self.count, -1)
+
+
+class Embedder(nn.Module):
+    """Two-layer MLP for timestep, guidance and pooled text."""
+
+    def __init__(self, in_dim, width):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
+class FeedForward(nn.Module):
+    """Two-layer MLP of a block; `activation` is a function."""
+
+    def __init__(self, width, hidden, activation):
+        super().__init__()
+        self.activation = activation
+        first, second = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": first}), nn.Identity(), second])
+
+    def forward(self, x):
+        return self.net[2](self.activation(self.net[0]["proj"](x)))
+
+
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+class Attention(nn.Module):
+    """Query, key and value of one stream."""
+
+    def __init__(self, config, norm=True, out=True):
+        super().__init__()
+        width, self.heads = config.width, config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.norm_q, self.norm_k = (
+            nn.RMSNorm(config.attention_head_dim, eps=1e-6) if norm else nn.Identity() for _ in range(2)
+        )
+        if out:
+            self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def qkv(self, x):  # [B, L, D] -> 3 x [B, L, heads, head]
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+
+class JointAttention(Attention):
+    """Attention over both streams: the text has projections of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.width
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.norm_added_q, self.norm_added_k = (
+            nn.RMSNorm(config.attention_head_dim, eps=1e-6) for _ in range(2)
+        )
+        self.to_add_out = nn.Linear(width, width)
+
+    def text_qkv(self, x):
+        layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in layers)
+        return self.norm_added_q(q), self.norm_added_k(k), v
+
+
+class DualBlock(nn.Module):
+    """Two streams with weights of their own that meet in one attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.norm1, self.norm1_context = Modulation(width, 6), Modulation(width, 6)
+        self.attn = JointAttention(config)
+        self.ff, self.ff_context = FeedForward(width, hidden, gelu), FeedForward(width, hidden, gelu)
+
+    def forward(self, x, text, embedding, rope, mask):
+        """x [B, Lv, D] visual, text [B, Lt, D]; both come back in the same shapes."""
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(embedding)
+        text_shift, text_scale, text_gate, text_shift_ff, text_scale_ff, text_gate_ff = self.norm1_context(
+            embedding
+        )
+
+        visual_qkv = self.attn.qkv(modulate(x, shift, scale))
+        text_qkv = self.attn.text_qkv(modulate(text, text_shift, text_scale))
+        q, k, v = (torch.cat(pair, 1) for pair in zip(visual_qkv, text_qkv))
+        attended = attend(rotate(q, rope), rotate(k, rope), v, mask)
+
+        x = x + gate * self.attn.to_out[0](attended[:, : x.shape[1]])
+        x = x + gate_ff * self.ff(modulate(x, shift_ff, scale_ff))
+        text = text + text_gate * self.attn.to_add_out(attended[:, x.shape[1] :])
+        text = text + text_gate_ff * self.ff_context(modulate(text, text_shift_ff, text_scale_ff))
+        return x, text
+
+
+class SingleBlock(nn.Module):
+    """One stream [visual, text]; attention and feed-forward side by side."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.norm = Modulation(width, 3)
+        self.attn = Attention(config, out=False)
+        self.proj_mlp = nn.Linear(width, hidden)
+        self.proj_out = nn.Linear(width + hidden, width)
+
+    def forward(self, x, embedding, rope, mask):  # x [B, L, D] -> [B, L, D]
+        shift, scale, gate = self.norm(embedding)
+        normed = modulate(x, shift, scale)
+        q, k, v = self.attn.qkv(normed)
+        attended = attend(rotate(q, rope), rotate(k, rope), v, mask)
+        return x + gate * self.proj_out(torch.cat([attended, gelu(self.proj_mlp(normed))], -1))
+
+
+class RefinerBlock(nn.Module):
+    """A plain transformer block over the text, gated by timestep and pooled text."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.width
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(config, norm=False)
+        self.ff = FeedForward(width, int(width * config.mlp_ratio), F.silu)
+        self.norm_out = Modulation(width, 2)
+
+    def forward(self, x, embedding, mask):
+        gate, gate_ff = self.norm_out(embedding)
+        x = x + gate * self.attn.to_out[0](attend(*self.attn.qkv(self.norm1(x)), mask))
+        return x + gate_ff * self.ff(self.norm2(x))
+
+
+class TokenRefiner(nn.Module):
+    """Fits the conditioning tokens to the MMDiT before the first block."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, text = config.width, config.text_embed_dim
+        self.time_text_embed = nn.ModuleDict(
+            {"timestep_embedder": Embedder(256, width), "text_embedder": Embedder(text, width)}
+        )
+        self.proj_in = nn.Linear(text, width)
+        blocks = nn.ModuleList([RefinerBlock(config) for _ in range(config.num_refiner_layers)])
+        self.token_refiner = nn.ModuleDict({"refiner_blocks": blocks})
+
+    def forward(self, tokens, timestep, mask):
+        """tokens [B, L, text_embed_dim], timestep [B] in 0-999, mask [B, L] or None -> [B, L, D]."""
+        if mask is None:
+            pooled, seen = tokens.mean(1), None
+        else:
+            pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            seen = mask[:, None, None]
+        embed = self.time_text_embed
+        embedding = embed["timestep_embedder"](sinusoid(timestep)) + embed["text_embedder"](pooled)
+        x = self.proj_in(tokens)
+        for block in self.token_refiner["refiner_blocks"]:
+            x = block(x, embedding, seen)
+        return x
+
+
+class MMDiT(nn.Module):
+    """HunyuanVideo's transformer over the interleaved context: predicts the target's velocity, noise - data."""
+
+    UNUSED = "time_text_embed.text_embedder."  # CLIP's pooled text: in the base checkpoint, not in VINO
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, width = config, config.width
+        self.checkpointing = False
+        self.patch = (config.patch_size_t, config.patch_size, config.patch_size)
+        self.x_embedder = nn.ModuleDict(
+            {"proj": nn.Conv3d(config.in_channels, width, self.patch, self.patch)}
+        )
+        self.context_embedder = TokenRefiner(config)
+        self.time_text_embed = nn.ModuleDict(
+            {
+                "timestep_embedder": Embedder(256, width),
+                "guidance_embedder": Embedder(256, width),
+                "text_embedder": Embedder(config.pooled_projection_dim, width),
+            }
+        )
+        self.transformer_blocks = nn.ModuleList([DualBlock(config) for _ in range(config.num_layers)])
+        self.single_transformer_blocks = nn.ModuleList(
+            [SingleBlock(config) for _ in range(config.num_single_layers)]
+        )
+        self.norm_out = Modulation(width, 2)
+        self.proj_out = nn.Linear(width, math.prod(self.patch) * config.out_channels)
+
+    def forward(self, latents, t, condition):
+        """
+        Args:
+            latents: noisy target [B, C, T, H, W].
+            t: time [B] in [0, 1], 1 = noise.
+            condition: a Condition of the same batch size.
+        Returns:
+            velocity [B, C, T, H, W].
+        """
+        embed = self.x_embedder["proj"]
+        dtype = embed.weight.dtype
+        references = [embed(latent.to(dtype)) for latent in condition.references]
+        target = embed(latents.to(dtype))
+        x, positions = pack(references, condition.boundaries, target)
+        timestep = 999 * t
+        text = self.context_embedder(condition.tokens.to(dtype), timestep, condition.mask)
+        # Text is not rotated: position 0 on every axis is the rotation by nothing.
+        rope = rope_3d(
+            F.pad(positions, (0, 0, 0, text.shape[1])), self.config.rope_axes_dim, self.config.rope_theta
+        )
+        mask = None
+        if condition.mask is not None:  # every visual token is seen
+            mask = F.pad(condition.mask, (x.shape[1], 0), value=True)[:, None, None]
+        guidance = torch.full_like(timestep, 1000.0)  # the distilled guidance input is kept, at a constant
+        embedding = self.time_text_embed["timestep_embedder"](sinusoid(timestep))
+        embedding = embedding + self.time_text_embed["guidance_embedder"](sinusoid(guidance))
+
+        visual = x.shape[1]
+        for block in self.transformer_blocks:
+            x, text = self.run(block, x, text, embedding, rope, mask)
+        x = torch.cat([x, text], 1)
+        for block in self.single_transformer_blocks:
+            x = self.run(block, x, embedding, rope, mask)
+
+        size = math.prod(target.shape[2:])
+        scale, shift = self.norm_out(embedding)
+        x = self.proj_out(modulate(x[:, visual - size : visual], shift, scale))
+        return self.unpatchify(x, target.shape[2:])
+
+    def run(self, block, *inputs):
+        if self.checkpointing and torch.is_grad_enabled():  # 3.1: keep a block's inputs, recompute the rest
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def unpatchify(self, x, shape):  # [B, T*H*W, C * patch] -> [B, C, T, H, W]
+        x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, tuple(shape))  # [B, T, H, W, C, pt, ph, pw]
+        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. VAE (appendix A): HunyuanVideo's causal 3D autoencoder
+# ----------------------------------------------------------------------------------------------------------
+
+
+class CausalConv3d(nn.Module):
+    """A convolution that pads by repetition: space on both sides, time in the past only."""
+
+    def __init__(self, in_channels, out_channels, kernel=3, stride=1):
+        super().__init__()
+        self.padding = (kernel // 2,) * 4 + (kernel - 1, 0)
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, self.padding, mode="replicate"))
+
+
+class Resnet(nn.Module):
+    def __init__(self, in_channels, out_channels, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        if in_channels != out_channels:
+            self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class FrameAttention(nn.Module):
+    """Single-head attention in which a frame sees itself and the past."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T, H*W, C]
+        q, k, v = (layer(tokens) for layer in (self.to_q, self.to_k, self.to_v))
+        # One frame at a time needs neither a mask nor its quadratic memory.
+        frames = [
+            F.scaled_dot_product_attention(q[:, t], k[:, : t + 1].flatten(1, 2), v[:, : t + 1].flatten(1, 2))
+            for t in range(x.shape[2])
+        ]
+        return x + self.to_out[0](torch.stack(frames, 1)).unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
+
+
+class Resample(nn.Module):
+    """A causal convolution after nearest-neighbour upsampling, or with a stride."""
+
+    def __init__(self, channels, factor, up):
+        super().__init__()
+        self.factor, self.up = factor, up  # factor = (time, height, width)
+        self.conv = CausalConv3d(channels, channels, stride=1 if up else factor)
+
+    def forward(self, x):
+        if self.up:
+            for dim, factor in zip((3, 4), self.factor[1:]):
+                x = x.repeat_interleave(factor, dim)
+            if self.factor[0] > 1:  # the first frame stands alone: T latent frames are 4 (T - 1) + 1 frames
+                x = torch.cat([x[:, :, :1], x[:, :, 1:].repeat_interleave(self.factor[0], 2)], 2)
+        return self.conv(x)
+
+
+def mid_block(channels, groups):
+    attention = nn.ModuleList([FrameAttention(channels, groups)])
+    resnets = nn.ModuleList([Resnet(channels, channels, groups) for _ in range(2)])
+    return nn.ModuleDict({"attentions": attention, "resnets": resnets})
+
+
+def run_mid_block(block, x):
+    return block["resnets"][1](block["attentions"][0](block["resnets"][0](x)))
+
+
+class Coder(nn.Module):
+    """Encoder or decoder: levels of resnets, a resampling step after each but the last, attention at the small end."""
+
+    def __init__(self, in_channels, channels, out_channels, layers, groups, up):
+        super().__init__()
+        self.up = up
+        self.conv_in = CausalConv3d(in_channels, channels[0])
+        levels, width = [], channels[0]
+        for i, level_width in enumerate(channels):
+            resnets = [Resnet(width if j == 0 else level_width, level_width, groups) for j in range(layers)]
+            level, width = nn.ModuleDict({"resnets": nn.ModuleList(resnets)}), level_width
+            if i < len(channels) - 1:  # space is resampled at each of these, time at the last two
+                factor = (2 if i >= len(channels) - 3 else 1, 2, 2)
+                level["upsamplers" if up else "downsamplers"] = nn.ModuleList([Resample(width, factor, up)])
+            levels.append(level)
+        setattr(self, "up_blocks" if up else "down_blocks", nn.ModuleList(levels))
+        self.mid_block = mid_block(channels[0] if up else channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = CausalConv3d(channels[-1], out_channels)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        if self.up:
+            x = run_mid_block(self.mid_block, x)
+        for level in self.up_blocks if self.up else self.down_blocks:
+            for group in level.values():
+                for layer in group:
+                    x = layer(x)
+        if not self.up:
+            x = run_mid_block(self.mid_block, x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def tiled(function, x, dim, tile, stride, ratio, lead=0):
+    """Apply `function` to overlapping tiles of x along `dim` and blend where they overlap.
+
+    Args:
+        tile, stride: in units of x. ratio: the output's length over the input's.
+        lead: 1 along time, where a tile's first frame has no past: later tiles begin one frame early and drop it.
+    """
+    length = x.shape[dim]
+    if length <= tile:
+        return function(x)
+    step, overlap = int(stride * ratio), int((tile - stride) * ratio)
+    result, previous = [], None
+    for begin in range(0, length - lead, stride):
+        output = function(x.narrow(dim, begin, min(tile + lead, length - begin)))
+        first, output = output.split([lead, output.shape[dim] - lead], dim)
+        if previous is None:
+            result.append(first)
+        else:
+            blend = min(overlap, output.shape[dim], previous.shape[dim] - step)
+            weight = (torch.arange(blend, device=x.device) / blend).to(output.dtype)
+            weight = weight.view([-1 if d == dim else 1 for d in range(x.dim())])
+            head, rest = output.split([blend, output.shape[dim] - blend], dim)
+            output = torch.cat([previous.narrow(dim, step, blend) * (1 - weight) + head * weight, rest], dim)
+        result.append(output.narrow(dim, 0, min(step, output.shape[dim])))
+        previous = output
+    return torch.cat(result, dim)
+
+
+class VAE(nn.Module):
+    """Pixels [B, 3, 4(T-1)+1, 8H, 8W] in [-1, 1] <-> scaled latents [B, C, T, H, W]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        channels, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
+        latent = config.latent_channels
+        self.encoder = Coder(3, channels, 2 * latent, layers, groups, up=False)
+        self.decoder = Coder(latent, channels[::-1], 3, layers + 1, groups, up=True)
+        self.quant_conv = nn.Conv3d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv3d(latent, latent, 1)
+
+    def in_tiles(self, function, x, space, time):
+        """Apply `function` in tiles: of 16 frames always, as the public model does; in space only where frames are
+        large. `space` and `time` are pixels per unit of x."""
+        frames, frame_stride = (n // time for n in self.config.tile_frames)
+        side, side_stride = (n // space for n in self.config.tile_pixels)
+        up = space > 1
+
+        def spatial(part):
+            def column(piece):
+                return tiled(function, piece, 4, side, side_stride, 8 if up else 1 / 8)
+
+            return tiled(column, part, 3, side, side_stride, 8 if up else 1 / 8)
+
+        large = x.shape[3] * x.shape[4] * space**2 > self.config.untiled_area
+        return tiled(spatial if large else function, x, 2, frames, frame_stride, 4 if up else 1 / 4, lead=1)
+
+    def moments(self, pixels):
+        """The posterior's mean and log-variance, each [B, C, T, H, W], not scaled."""
+        return self.in_tiles(lambda x: self.quant_conv(self.encoder(x)), pixels, space=1, time=1).chunk(2, 1)
+
+    def encode(self, pixels):
+        """Scaled latents: the posterior's mean, so that the same input gives the same picture."""
+        return self.moments(pixels.to(self.quant_conv.weight.dtype))[0] * self.config.scaling_factor
+
+    def decode(self, latents):
+        """Pixels, not clamped."""
+        latents = latents.to(self.quant_conv.weight.dtype) / self.config.scaling_factor
+        return self.in_tiles(lambda z: self.decoder(self.post_quant_conv(z)), latents, space=8, time=4)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5. Rectified flow and guidance (appendix B)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def shift_time(u, shift):
+    """Move uniform times u in [0, 1] towards noise: large pictures need more of their steps there (table 1)."""
+    return shift * u / (1 - u + shift * u)
+
+
+def flow_loss(velocity, data, noise, u, shift):
+    """Rectified flow: on the straight line x_t = (1 - t) data + t noise the velocity is noise - data.
+
+    Args:
+        velocity: function of (x_t, t) that predicts it. data, noise: [B, C, T, H, W]. u: [B], uniform in [0, 1].
+    Returns: squared error of each sample, [B]."""
+    t = shift_time(u, shift)
+    weight = t.view(-1, 1, 1, 1, 1)
+    predicted = velocity((1 - weight) * data + weight * noise, t)
+    return (predicted.float() - (noise - data)).square().flatten(1).mean(1)
+
+
+def guidance_weights(cfg_text, cfg_image):
+    """How much each branch's velocity counts. Without image guidance (cfg_image = 1) this is
+    v_text_dropped + w_text (v - v_text_dropped); with it
+    v_image_dropped + w_image (v_text_dropped - v_image_dropped) + w_text (v - v_text_dropped)."""
+    return {"full": cfg_text, "text_dropped": cfg_image - cfg_text, "image_dropped": 1 - cfg_image}
+
+
+def time_steps(steps, shift):
+    """Times [steps] from 1 down, and the differences [steps] to the next one (the last goes to 0)."""
+    times = shift_time(torch.linspace(1, 0, steps + 1), shift)
+    return times[:-1], times[:-1] - times[1:]
+
+
+def sample(velocity, noise, steps, shift, progress=False):
+    """Euler's method from noise to data. `velocity` is a function of (x, t [B])."""
+    x = noise
+    times, differences = time_steps(steps, shift)
+    for t, dt in zip(tqdm(times, desc="denoising", unit="step", disable=not progress), differences):
+        x = x - dt.to(x) * velocity(x, t.to(x).expand(x.shape[0])).to(x.dtype)
+    return x
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6. Vino: all of it together
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Vino(nn.Module):
+    """The paper's figure 3. Parameter names are those of the public checkpoint: `transformer.`, `mm_encoder.`, and
+    `vae.` beside them."""
+
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        self.config = config
+        self.mm_encoder = MultiModalEncoder(config, tokenizer)
+        self.transformer = MMDiT(config.mmdit)
+        self.vae = VAE(config.vae).requires_grad_(False)
+
+    @classmethod
+    def load(cls, weights, config=None, device="cpu", dtype=torch.float32):
+        """Build the model on `meta` and stream its weights straight to `device` and `dtype`.
+
+        Args:
+            weights: a `.safetensors` file of this project; a folder that holds the public weights as `hf download`
+                leaves them (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or
+                "random" for random weights from a fixed seed.
+            config: a Config; by default the file's own, else the full size.
+        Raises: InputError that names the file, and the tensor or the field that is missing, surplus or misshapen.
+        """
+        if str(weights) == "random":
+            config = config or Config()
+            with torch.random.fork_rng(), torch.device(device):
+                torch.manual_seed(0)
+                return cls(config, byte_tokenizer()).to(device, dtype).eval()
+        if Path(weights).suffix == ".safetensors":
+            config, tokenizer = read_metadata(weights, config)
+            stream = read_safetensors([weights], "", device)
+        else:
+            config = config or Config()
+            vlm, base, ckpt = locate(weights, config.hub)
+            tokenizer = Tokenizer.from_file(str(existing(vlm / "tokenizer.json")))
+            stream = read_public(vlm, base, ckpt, config, device)
+        with torch.device("meta"):
+            model = cls(config, tokenizer)
+        model.fill(stream, weights, device, dtype)
+        return model.eval()
+
+    def fill(self, stream, source, device, dtype):
+        """Take parameters from `stream`, pairs of a name and a function that reads the tensor."""
+        expected, tensors = self.saved_tensors(), {}
+        for name, read in stream:
+            if name not in expected:
+                raise InputError(f"{source}: surplus tensor '{name}', which this config has no place for")
+            tensor = read()
+            if tensor.shape != expected[name].shape:
+                shapes = f"{list(tensor.shape)}, the config asks for {list(expected[name].shape)}"
+                raise InputError(f"{source}: tensor '{name}' has shape {shapes}")
+            tensors[name] = tensor.to(device, dtype)
+        for name, parameter in expected.items():
+            if name.startswith("transformer." + MMDiT.UNUSED) and name not in tensors:
+                tensors[name] = torch.zeros(parameter.shape, dtype=dtype, device=device)
+        missing = sorted(expected.keys() - tensors.keys())
+        if missing:
+            raise InputError(f"{source}: tensor '{missing[0]}' is missing ({len(missing)} in all)")
+        self.load_state_dict(tensors, strict=False, assign=True)
+        vlm, text, vision = self.mm_encoder.mm_encoder, self.config.text, self.config.vision
+        vlm.tie_weights()
+        for module, dim, theta in [
+            (vlm.model.language_model.rotary_emb, text.head_dim, text.rope_theta),
+            (vlm.model.visual.rotary_pos_emb, vision.hidden_size // vision.num_heads // 2, 1e4),
+        ]:  # what transformers computes when it builds a module, and does not save
+            for name, _ in list(module.named_buffers()):
+                frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+                module.register_buffer(name, frequencies.to(device), persistent=False)
+
+    def saved_tensors(self):
+        """The state dict, without the language model's head where that is the embedding again."""
+        tied = "mm_encoder.mm_encoder.lm_head.weight" if self.config.text.tie_word_embeddings else None
+        return {name: tensor for name, tensor in self.state_dict().items() if name != tied}
+
+    def save(self, path):
+        """Write one `.safetensors` with everything: weights, and in the metadata config and tokenizer. The file
+        appears under its name when it is complete."""
+        metadata = {
+            "config": json.dumps(asdict(self.config)),
+            "tokenizer": self.mm_encoder.tokenizer.to_str(),
+        }
+        partial = Path(f"{path}.partial")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in self.saved_tensors().items()}, partial, metadata
+        )
+        partial.replace(path)
+
+    @torch.no_grad()
+    def encode(self, reference):
+        """Both encoders of a Reference (2.2) -> EncodedReference."""
+        latents = self.vae.encode(reference.pixels.to(self.mm_encoder.metaquery.device))
+        return EncodedReference(latents, *self.mm_encoder.look(reference), reference.grid, reference.is_video)
+
+    def velocity(self, latents, t, condition):
+        """Predicted noise - data, [B, C, T, H, W], at times t [B]."""
+        return self.transformer(latents, t, condition)
+
+    def branches(self, prompts, negatives, images, video, base, cfg_text, cfg_image):
+        """Guidance's conditions: {name: (weight, Condition)}, without those that do not count.
+
+        "text_dropped" keeps all references; "image_dropped" keeps the video and, with `base`, the last image, which
+        is the one being edited. Args: lists of B texts, lists of EncodedReferences."""
+        kept = images[-1:] if base else []
+        if len(kept) == len(images):
+            cfg_image = 1.0  # no image to drop
+        inputs = {
+            "full": (prompts, [*images, *video]),
+            "text_dropped": (negatives, [*images, *video]),
+            "image_dropped": (negatives, [*kept, *video]),
+        }
+        weights = guidance_weights(cfg_text, cfg_image)
+        return {name: (weight, self.mm_encoder(*inputs[name])) for name, weight in weights.items() if weight}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts,
+        images=(),
+        video=None,
+        *,
+        size,
+        base=False,
+        steps=None,
+        shift=None,
+        cfg_text=None,
+        cfg_image=None,
+        negative_prompt=None,
+        seed=0,
+        noise=None,
+        progress=False,
+    ):
+        """Make an image or a video for each prompt.
+
+        Args:
+            prompts: B texts; `images` (References, in order) and `video` (a Reference) are named in them as Image 1,
+                Image 2, ..., Video 1. References have batch size B or 1.
+            size: (frames, height, width) of the result: 4k + 1, and multiples of 16.
+            base: the last image is the one being edited, the others are references for the edit.
+            steps, shift, cfg_text, cfg_image, negative_prompt: default to the config's for an image or a video.
+            seed: sample i starts from the noise of seed + i. noise: overrides it, [B, C, T, H, W].
+        Returns: pixels [B, 3, frames, height, width], in [-1, 1] but for overshoot.
+        """
+        defaults, kind = self.config.sampling, int(size[0] > 1)
+        negative = defaults.negative_prompt[kind] if negative_prompt is None else negative_prompt
+        conditions = self.branches(
+            prompts,
+            [negative] * len(prompts),
+            [self.encode(image) for image in images],
+            [self.encode(video)] if video else [],
+            base,
+            defaults.cfg_text[kind] if cfg_text is None else cfg_text,
+            defaults.cfg_image if cfg_image is None else cfg_image,
+        ).values()
+
+        def guided(x, t):
+            return sum(weight * self.velocity(x, t, condition).float() for weight, condition in conditions)
+
+        if noise is None:
+            shape = (self.config.vae.latent_channels, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8)
+            seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in seeds])
+        noise = noise.to(self.mm_encoder.metaquery.device)
+        shift = defaults.shift[kind] if shift is None else shift
+        latents = sample(guided, noise, steps or defaults.steps, shift, progress)
+        return self.vae.decode(latents).float()
+
+
+def existing(path):
+    """The path, or an InputError that names it."""
+    if not Path(path).exists():
+        raise InputError(f"{path} does not exist")
+    return Path(path)
+
+
+def read_metadata(path, config):
+    """Config and tokenizer of a `.safetensors` of this project. A config that was asked for must be the same."""
+    try:
+        with safe_open(existing(path), "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file, or is cut short ({error})") from error
+    if not {"config", "tokenizer"} <= metadata.keys():
+        raise InputError(f"{path} was not written by this project: its metadata holds no config")
+    saved = Config.from_dict(json.loads(metadata["config"]))
+    for section in ("text", "vision", "mmdit", "vae", "num_queries") if config else ():
+        agree(getattr(config, section), getattr(saved, section), section, path)
+    return config or saved, Tokenizer.from_str(metadata["tokenizer"])
+
+
+def agree(ours, theirs, name, path):
+    """Raise an InputError where a public config file or saved config differs from ours. Unknown names are not ours."""
+    if is_dataclass(ours):
+        theirs = asdict(theirs) if is_dataclass(theirs) else theirs
+        for f in fields(ours):
+            if f.name in theirs:
+                agree(getattr(ours, f.name), theirs[f.name], f"{name}.{f.name}", path)
+    elif ours != theirs:
+        raise InputError(f"config and weights do not fit: field '{name}' is {ours}, and {theirs} in {path}")
+
+
+def locate(weights, hub):
+    """Folders of the VLM and of HunyuanVideo, and the path of vino.ckpt, downloaded first where they are hub ids."""
+    if str(weights) != "hub":
+        folder = existing(weights)
+        found = [existing(folder / Path(name).name) for name in (hub.vlm, hub.base)]
+        return *found, existing(folder / "vino.ckpt")
+    from huggingface_hub import snapshot_download  # only here is the network needed
+
+    wanted = {hub.vlm: None, hub.base: ["transformer/*", "vae/*"], hub.vino: ["vino.ckpt"]}
+    vlm, base, vino = (Path(snapshot_download(name, allow_patterns=files)) for name, files in wanted.items())
+    return vlm, base, vino / "vino.ckpt"
+
+
+def read_public(vlm, base, ckpt, config, device):
+    """All tensors of the public weights, under our names. `vino.ckpt` wins over HunyuanVideo's own transformer."""
+    for part, folder in ((config.mmdit, base / "transformer"), (config.vae, base / "vae")):
+        agree(
+            part,
+            json.loads(existing(folder / "config.json").read_text()),
+            folder.name,
+            folder / "config.json",
+        )
+    qwen = json.loads(existing(vlm / "config.json").read_text())
+    agree(config.text, qwen.get("text_config", {}), "text", vlm / "config.json")
+    agree(config.vision, qwen.get("vision_config", {}), "vision", vlm / "config.json")
+    try:
+        trained = torch.load(ckpt, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{ckpt} is not a checkpoint of plain tensors, or is cut short") from error
+    yield from read_safetensors(shards(vlm), "mm_encoder.mm_encoder.", device)
+    yield from read_safetensors(shards(base / "vae"), "vae.", device)
+    for name, tensor in trained.items():
+        if not name.startswith("mm_encoder.mm_encoder."):  # the frozen VLM again
+            yield name, lambda tensor=tensor: tensor
+    for name, read in read_safetensors(shards(base / "transformer"), "transformer.", device):
+        if name not in trained:
+            yield name, read
+
+
+def shards(folder):
+    """The safetensors files of a folder: those its index names, or the only one."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
+        return [existing(folder / name) for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder} holds no .safetensors file")
+    return files
+
+
+def read_safetensors(paths, prefix, device):
+    """(name, function that reads the tensor to `device`) for every tensor of the files."""
+    for path in paths:
+        with safe_open(path, "pt", device=str(device)) as file:
+            for name in file.keys():
+                yield prefix + name, lambda name=name: file.get_tensor(name)
