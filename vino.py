@@ -3,14 +3,14 @@
 Text, reference images and a reference video go in; a new or an edited image or video comes out.
 
     0. Config                          every size, with the paper's as defaults
-    1. Multi-modal conditions          (paper 2.1, figure 4)  frozen Qwen3-VL, learnable queries, two connectors
+    1. Multi-modal conditions          (paper 2.1, figure 4)  frozen Qwen3-VL, learnable queries, connectors
     2. Interleaved omnimodal context   (paper 2.2, figure 5)  references and target on one timeline
     3. MMDiT                           (appendix A)           HunyuanVideo's diffusion transformer
     4. VAE                             (appendix A)           HunyuanVideo's causal 3D autoencoder
     5. Rectified flow and guidance     (appendix B)           loss, sampler, text and image guidance
     6. Vino                            all of it together: load, save, encode, velocity, generate
 
-Modules and parameters carry the public checkpoints' names, so that real weights load without a renaming table.
+Parameters carry the public checkpoints' names, so that real weights load without a renaming table.
 Shapes: B batch, L tokens, T frames, H height, W width, C channels, D width of a transformer.
 """
 
@@ -18,12 +18,13 @@ import json
 import math
 import pickle
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -35,12 +36,16 @@ from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGener
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the message is one line that says what, where, and what would be right."""
+    """The user's mistake, in one line: what is wrong, where, and what would be right."""
 
 
 # ----------------------------------------------------------------------------------------------------------
 # 0. Config: field names are those of the public config files; a JSON file overrides fields by name
 # ----------------------------------------------------------------------------------------------------------
+
+
+def items(*values):
+    return field(default_factory=lambda: list(values))
 
 
 @dataclass
@@ -56,7 +61,7 @@ class TextConfig:
     head_dim: int = 128
     max_position_embeddings: int = 262144
     rope_theta: float = 5e6
-    mrope_section: list = field(default_factory=lambda: [24, 20, 20])  # frequencies of time, height, width
+    mrope_section: list = items(24, 20, 20)  # frequencies of time, height, width
     tie_word_embeddings: bool = True
 
 
@@ -73,13 +78,11 @@ class VisionConfig:
     temporal_patch_size: int = 2
     spatial_merge_size: int = 2
     num_position_embeddings: int = 2304
-    deepstack_visual_indexes: list = field(default_factory=lambda: [5, 11, 17])
+    deepstack_visual_indexes: list = items(5, 11, 17)
     # The release resizes twice: each row is (multiple of pixels, least and most pixels). The second row of
     # `video_resize` counts the pixels of all frames together.
-    image_resize: list = field(default_factory=lambda: [[28, 4 * 28**2, 16384 * 28**2], [32, 2**16, 2**24]])
-    video_resize: list = field(
-        default_factory=lambda: [[28, 256 * 32**2, 768 * 28**2], [32, 2**12, 25165824]]
-    )
+    image_resize: list = items([28, 4 * 28**2, 16384 * 28**2], [32, 2**16, 2**24])
+    video_resize: list = items([28, 256 * 32**2, 768 * 28**2], [32, 2**12, 25165824])
     video_frames: int = 8  # appendix B
 
 
@@ -100,7 +103,7 @@ class MMDiTConfig:
     text_embed_dim: int = 4096
     pooled_projection_dim: int = 768
     rope_theta: float = 256.0
-    rope_axes_dim: list = field(default_factory=lambda: [16, 56, 56])
+    rope_axes_dim: list = items(16, 56, 56)
 
     @property
     def width(self):
@@ -112,14 +115,12 @@ class VAEConfig:
     """HunyuanVideo's autoencoder: 8x smaller in height and width, 4x in time."""
 
     latent_channels: int = 16
-    block_out_channels: list = field(default_factory=lambda: [128, 256, 512, 512])
+    block_out_channels: list = items(128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.476986
-    tile_frames: list = field(default_factory=lambda: [16, 12])  # (length, stride) of a tile, always used
-    tile_pixels: list = field(
-        default_factory=lambda: [256, 192]
-    )  # (side, stride) of a tile, for large frames only
+    tile_frames: list = items(16, 12)  # (length, stride) of a tile, always used
+    tile_pixels: list = items(256, 192)  # (side, stride) of a tile, for large frames only
     untiled_area: int = 2**19  # frames of up to so many pixels are not cut
 
 
@@ -127,32 +128,21 @@ class VAEConfig:
 class SamplingConfig:
     """The release's defaults; a pair is (for an image, for a video)."""
 
-    image_size: list = field(default_factory=lambda: [640, 640])  # (height, width)
-    video_size: list = field(default_factory=lambda: [480, 848])
+    image_size: list = items(640, 640)  # (height, width)
+    video_size: list = items(480, 848)
     reference_area: int = 480 * 848
     frames: int = 85
     max_frames: int = 89
     max_images: int = 8
     fps: int = 24
     steps: int = 50
-    shift: list = field(default_factory=lambda: [5.0, 7.0])
-    cfg_text: list = field(default_factory=lambda: [5.0, 7.0])
+    shift: list = items(5.0, 7.0)
+    cfg_text: list = items(5.0, 7.0)
     cfg_image: float = 1.0
-    negative_prompt: list = field(
-        default_factory=lambda: [
-            "low quality, blurry, distorted, malformed, watermark, text",
-            "low quality, blurry, distorted, malformed, flickering, jitter, watermark, text",
-        ]
+    negative_prompt: list = items(
+        "low quality, blurry, distorted, malformed, watermark, text",
+        "low quality, blurry, distorted, malformed, flickering, jitter, watermark, text",
     )
-
-
-@dataclass
-class HubConfig:
-    """Where the public weights are: hub ids or local folders."""
-
-    vlm: str = "Qwen/Qwen3-VL-4B-Instruct"
-    base: str = "hunyuanvideo-community/HunyuanVideo"
-    vino: str = "SOTAMak1r/VINO-weight"
 
 
 @dataclass
@@ -164,14 +154,13 @@ class Config:
     mmdit: MMDiTConfig = field(default_factory=MMDiTConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
     num_queries: int = 256  # learnable tokens; 0 is the ablation of figure 8
     boundary_tokens: bool = True  # False is the ablation of figure 11
     training: dict = field(default_factory=dict)  # changes to table 1, by stage: see train.py
 
     @classmethod
     def from_dict(cls, overrides):
-        """Defaults with `overrides` by name. An unknown field or a wrong type is an InputError that names it."""
+        """The defaults with `overrides`. An unknown field or a wrong type is an InputError that names it."""
         config = cls()
         override(config, overrides, "")
         return config
@@ -188,22 +177,18 @@ class Config:
 
 
 def override(node, overrides, prefix):
-    """Set the fields of the dataclass `node` to the values of the dictionary `overrides`, in place, recursively."""
-    known = {f.name for f in fields(node)}
+    """Set the fields of the dataclass `node`, in place, to the values of the dictionary `overrides`."""
     for name, value in overrides.items():
-        if name not in known:
-            raise InputError(
-                f"config: unknown field '{prefix}{name}'; known here: {', '.join(sorted(known))}"
-            )
+        if name not in {f.name for f in fields(node)}:
+            raise InputError(f"config: there is no field '{prefix}{name}'")
         current = getattr(node, name)
         if is_dataclass(current) and isinstance(value, dict):
             override(current, value, f"{prefix}{name}.")
         elif type(value) is type(current) or (type(value), type(current)) == (int, float):
             setattr(node, name, value)
         else:
-            raise InputError(
-                f"config: field '{prefix}{name}' is {type(value).__name__}, should be {type(current).__name__}"
-            )
+            should = "an object" if is_dataclass(current) else type(current).__name__
+            raise InputError(f"config: field '{prefix}{name}' is {type(value).__name__}, should be {should}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -212,8 +197,8 @@ def override(node, overrides, prefix):
 
 SYSTEM_PROMPT = "You are a helpful assistant aimed at generating an output video caption."
 REWRITE_PROMPT = (
-    "Rewrite the following short prompt as one detailed caption of the picture or the video it asks for. Name subjects, "
-    "colours, background, light and motion. Keep every fact of the prompt, and answer with the caption alone.\n\n"
+    "Rewrite this short prompt as one detailed caption of the picture or video it asks for. Name subjects, "
+    "colours, background, light and motion, keep every fact, and answer with the caption alone.\n\n"
 )
 SPECIAL_TOKENS = (
     "<|im_end|> <|endoftext|> <|im_start|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
@@ -222,20 +207,18 @@ SPECIAL_TOKENS = (
 
 
 def byte_tokenizer(special_tokens=SPECIAL_TOKENS):
-    """A tokenizer that needs no file: ids 0-255 are the bytes (their printable symbols, sorted), then the special
-    tokens. It stands in for Qwen's wherever a tiny VLM stands in for Qwen3-VL."""
+    """A tokenizer without a file, for tiny models: the 256 bytes (their printable symbols, sorted), then the
+    special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in special_tokens]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])
     return tokenizer
 
 
 def letterbox_size(width, height, area, multiple=16):
-    """(h, w), multiples of `multiple`, whose area is closest to `area` at the aspect ratio width / height."""
+    """(h, w), multiples of `multiple`, of the area closest to `area` at the aspect ratio width / height."""
     ratio = width / height
     middle = round(math.sqrt(area / ratio) / multiple)
     best = (math.inf,)
@@ -265,7 +248,7 @@ def video_size(width, height, area):
 
 
 def vlm_size(height, width, multiple, least, most, frames=1):
-    """(h, w), multiples of `multiple` near the given size, with `least` to `most` pixels in all `frames` together."""
+    """(h, w), multiples of `multiple` near the given size, with `least` to `most` pixels in all `frames`."""
     h = max(multiple, round(height / multiple) * multiple)
     w = max(multiple, round(width / multiple) * multiple)
     if frames * h * w > most:
@@ -285,7 +268,8 @@ def to_frames(images):
 
 
 def bicubic(frames, size):
-    """Antialiased resizing of [T, 3, H, W] to (h, w). uint8 and float round differently; the release uses both."""
+    """Antialiased resizing of [T, 3, H, W] to (h, w). uint8 and float round differently, and the release
+    uses both."""
     return F.interpolate(frames, size, mode="bicubic", antialias=True) if frames.shape[2:] != size else frames
 
 
@@ -333,8 +317,8 @@ class Reference:
 
     @classmethod
     def video(cls, clip, frames, config, area=None):
-        """A clip, uint8 [T, H, W, 3]. The VAE gets its first `frames` (4k + 1), at `area` pixels when that is given;
-        the VLM gets 8 frames spread over all of it."""
+        """A clip, uint8 [T, H, W, 3]. The VAE gets its first `frames` (4k + 1), at `area` pixels if given, and
+        the VLM 8 frames spread over all of it."""
         length, height, width = clip.shape[:3]
         if length < 5:
             raise InputError(f"the video has {length} frame(s), and the VAE needs at least 5")
@@ -351,7 +335,7 @@ class Reference:
 
 @dataclass
 class EncodedReference:
-    """A reference after both of its encoders. Neither depends on the prompt, so every guidance branch shares it."""
+    """A reference after both encoders. Neither depends on the prompt, so all guidance branches share it."""
 
     latents: Tensor  # [B, C, T, H, W], scaled
     features: Tensor  # [B, t*h*w / 4, D] of the VLM
@@ -381,55 +365,41 @@ class Prompt:
 
 
 def build_prompt(tokenizer, text, references, merge):
-    """Figure 4: system line, images, video, text. `references` need `grid` and `is_video`; `merge` is the VLM's
-    spatial_merge_size. Text stays text: a special token spelled in it is not one."""
+    """Figure 4: system line, images, video, text. `references` need `grid` and `is_video`; `merge` is the
+    VLM's spatial_merge_size. Text stays text: a special token spelled in it is not one."""
 
-    def token(name):
-        return (name, 1, 1)
+    def special(name, h=1, w=1):
+        return (tokenizer.token_to_id(f"<|{name}|>"), h, w)
 
-    pieces = [token("<|im_start|>"), f"system\n{SYSTEM_PROMPT}", token("<|im_end|>"), "\n"]
-    pieces += [token("<|im_start|>"), "user\n"]
-    for reference in references:
+    im_start, im_end, start, end = map(special, ("im_start", "im_end", "vision_start", "vision_end"))
+    pieces = [im_start, f"system\n{SYSTEM_PROMPT}", im_end, "\n", im_start, "user\n"]
+    for number, reference in enumerate(references, 1):
         t, h, w = reference.grid[0], reference.grid[1] // merge, reference.grid[2] // merge
-        if reference.is_video:
-            pieces.append("Video 1: ")
-            for pair in range(t):  # two frames each; the release's processor assumes 24 frames a second
-                pieces += [f"<{(2 * pair + 0.5) / 24:.1f} seconds>", token("<|vision_start|>")]
-                pieces += [("<|video_pad|>", h, w), token("<|vision_end|>")]
-        else:
-            number = sum(isinstance(piece, str) and piece.startswith("Image ") for piece in pieces) + 1
-            pieces += [
-                f"Image {number}: ",
-                token("<|vision_start|>"),
-                ("<|image_pad|>", h, w),
-                token("<|vision_end|>"),
-            ]
-    pieces += [text, token("<|im_end|>"), "\n", token("<|im_start|>"), "assistant\n"]
+        if not reference.is_video:
+            pieces += [f"Image {number}: ", start, special("image_pad", h, w), end]
+            continue
+        pieces.append("Video 1: ")
+        for pair in range(t):  # two frames each; the release's processor assumes 24 frames a second
+            pieces += [f"<{(2 * pair + 0.5) / 24:.1f} seconds>", start, special("video_pad", h, w), end]
+    pieces += [text, im_end, "\n", im_start, "assistant\n"]
 
     ids, positions, offset = [], [], 0
+    tokenizer.encode_special_tokens = True
     for is_text, run in groupby(pieces, lambda piece: isinstance(piece, str)):
         if is_text:  # neighbouring pieces of text are tokenised as one
-            tokenizer.encode_special_tokens = True
-            run_ids = tokenizer.encode("".join(run), add_special_tokens=False).ids
-            ids += run_ids
-            positions.append((offset + torch.arange(len(run_ids))).expand(3, -1))
-            offset += len(run_ids)
-            continue
-        for name, h, w in run:  # a plain token is a 1 x 1 image
-            ids += [tokenizer.token_to_id(name)] * (h * w)
-            positions.append(
-                offset + torch.stack(torch.meshgrid(*map(torch.arange, (1, h, w)), indexing="ij")).flatten(1)
-            )
+            run = [(token, 1, 1) for token in tokenizer.encode("".join(run), add_special_tokens=False).ids]
+        for token, h, w in run:  # a plain token is a 1 x 1 image
+            ids += [token] * (h * w)
+            positions += [(offset, offset + row, offset + column) for row in range(h) for column in range(w)]
             offset += max(h, w)
 
-    starts = [i for i, x in enumerate(ids) if x == tokenizer.token_to_id("<|vision_start|>")]
-    ends = [i for i, x in enumerate(ids) if x == tokenizer.token_to_id("<|vision_end|>")]
+    starts = [i for i, x in enumerate(ids) if x == start[0]]
+    ends = [i for i, x in enumerate(ids) if x == end[0]]
     first = [0]  # how many start tokens stand before each reference: a video has one per pair of frames
     for reference in references:
         first.append(first[-1] + (reference.grid[0] if reference.is_video else 1))
-    return Prompt(
-        ids, torch.cat(positions, 1), [starts[i] for i in first[:-1]], [ends[i - 1] for i in first[1:]]
-    )
+    starts, ends = [starts[i] for i in first[:-1]], [ends[i - 1] for i in first[1:]]
+    return Prompt(ids, torch.tensor(positions).T, starts, ends)
 
 
 class Connector(nn.Module):
@@ -438,9 +408,8 @@ class Connector(nn.Module):
     def __init__(self, in_dim, out_dim):
         super().__init__()
         self.norm_qwen = nn.RMSNorm(in_dim, eps=1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, 4 * out_dim), nn.GELU("tanh"), nn.Linear(4 * out_dim, out_dim)
-        )
+        hidden = 4 * out_dim
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, out_dim))
 
     def forward(self, hidden):  # [..., in_dim] -> [..., out_dim]
         return self.mlp(self.norm_qwen(hidden))
@@ -462,28 +431,25 @@ class MultiModalEncoder(nn.Module):
 
     @torch.no_grad()
     def look(self, reference):
-        """Run the vision tower. Returns features [B, n, D] and, for each deepstack layer, features of that shape."""
+        """The vision tower: features [B, n, D] and, for each deepstack layer, features of that shape."""
         vision = self.mm_encoder.model.visual
         batch = reference.patches.shape[0]
         patches = reference.patches.flatten(0, 1).to(self.metaquery.device, vision.dtype)
         output = vision(patches, grid_thw=torch.tensor([reference.grid] * batch, device=patches.device))
-        features, deepstack = (
-            output[-2],
-            output[-1],
-        )  # a pair in transformers 4, a record that ends in it in 5
+        features, deepstack = output[-2], output[-1]  # transformers 5's record ends in transformers 4's pair
         return features.unflatten(0, (batch, -1)), [layer.unflatten(0, (batch, -1)) for layer in deepstack]
 
     def read(self, prompts, references):
         """The VLM's penultimate hidden states for the prompts and, behind them, the learnable queries.
 
-        The prompt runs once without gradient and leaves its keys and values; the queries run against those, with
-        gradient. Attention is causal, so this equals one pass over both, and training memory does not depend on the
-        prompt's length.
+        The prompt runs once without gradient and leaves its keys and values; the queries run against those,
+        with gradient. Attention is causal, so this equals one pass over both, and training memory does not
+        depend on the prompt's length.
 
         Args:
             prompts: B texts. references: EncodedReferences of batch size B (or 1), images before the video.
         Returns:
-            hidden [B, L, D], mask [B, L] or None, starts [B, R], ends [B, R]: the references' boundary tokens in L.
+            hidden [B, L, D], mask [B, L] or None, and where the boundary tokens are, starts and ends [B, R].
         """
         device, model = self.metaquery.device, self.mm_encoder.model.language_model
         batch = [build_prompt(self.tokenizer, text, references, self.merge) for text in prompts]
@@ -491,9 +457,8 @@ class MultiModalEncoder(nn.Module):
         pad = [length - len(prompt.ids) for prompt in batch]  # on the left
         filler = self.tokenizer.token_to_id("<|endoftext|>")
         ids = torch.tensor([[filler] * n + prompt.ids for n, prompt in zip(pad, batch)], device=device)
-        positions = torch.stack([F.pad(prompt.positions, (n, 0)) for n, prompt in zip(pad, batch)], 1).to(
-            device
-        )
+        positions = torch.stack([F.pad(prompt.positions, (n, 0)) for n, prompt in zip(pad, batch)], 1)
+        positions = positions.to(device)
         queries = self.metaquery.to(model.dtype).expand(len(batch), -1, -1)
         mask = None
         if any(pad):
@@ -518,19 +483,15 @@ class MultiModalEncoder(nn.Module):
         positions = positions[:, :, -1:] + torch.arange(queries.shape[1], device=device)
         if queries.shape[1]:
             hidden = torch.cat([hidden, self.penultimate(queries, positions, mask, cache)], 1)
-        starts = torch.tensor(
-            [[n + i for i in prompt.starts] for n, prompt in zip(pad, batch)], device=device
-        )
-        ends = torch.tensor([[n + i for i in prompt.ends] for n, prompt in zip(pad, batch)], device=device)
-        return hidden, mask, starts.long(), ends.long()
+        edges = torch.tensor([[prompt.starts, prompt.ends] for prompt in batch], dtype=torch.long)
+        starts, ends = (edges + torch.tensor(pad)[:, None, None]).to(device).unbind(1)
+        return hidden, mask, starts, ends
 
     def penultimate(self, embeds, positions, mask, cache, visual_mask=None, deepstack=None):
         """What enters the language model's last layer. Shapes: embeds [B, L, D], positions [3, B, L]."""
         model, entered = self.mm_encoder.model.language_model, []
         order = cache.get_seq_length() + torch.arange(embeds.shape[1], device=embeds.device)
-        order = order.expand(
-            1, embeds.shape[0], -1
-        )  # a fourth row of positions keeps attention masks plainly causal
+        order = order.expand(1, embeds.shape[0], -1)  # with this fourth row the mask is plainly causal
         with model.layers[-1].register_forward_pre_hook(lambda layer, args: entered.append(args[0])):
             model(
                 inputs_embeds=embeds,
@@ -544,8 +505,8 @@ class MultiModalEncoder(nn.Module):
         return entered[0]
 
     def forward(self, prompts, references, vae_branch=True):
-        """Condition for the MMDiT. With `vae_branch` off, the references reach the VLM only (image reconstruction,
-        appendix B)."""
+        """Condition for the MMDiT. With `vae_branch` off the references reach the VLM only (image
+        reconstruction, appendix B)."""
         hidden, mask, starts, ends = self.read(prompts, references)
         rows, boundaries = torch.arange(hidden.shape[0], device=hidden.device), []
         weights = self.connector.mlp[0].weight.dtype
@@ -557,44 +518,27 @@ class MultiModalEncoder(nn.Module):
 
     @torch.no_grad()
     def rewrite(self, prompt, max_new_tokens=200):
-        """Let the VLM expand a short prompt into a long one (the paper's dagger rows). Greedy, so repeatable."""
-        special = self.tokenizer.token_to_id
+        """Let the VLM expand a short prompt into a long one (the paper's dagger). Greedy, so repeatable."""
         self.tokenizer.encode_special_tokens = True
         parts = ["user\n" + REWRITE_PROMPT + prompt, "\n", "assistant\n"]
-        user, newline, assistant = [
-            self.tokenizer.encode(part, add_special_tokens=False).ids for part in parts
-        ]
-        start, end = special("<|im_start|>"), special("<|im_end|>")
-        ids = torch.tensor([[start, *user, end, *newline, start, *assistant]], device=self.metaquery.device)
-        output = self.mm_encoder.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
+        user, newline, answer = [self.tokenizer.encode(part, add_special_tokens=False).ids for part in parts]
+        start, end = map(self.tokenizer.token_to_id, ("<|im_start|>", "<|im_end|>"))
+        ids = torch.tensor([[start, *user, end, *newline, start, *answer]], device=self.metaquery.device)
+        stop = {"max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": end}
+        output = self.mm_encoder.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **stop)
         return self.tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True).strip()
 
 
 def build_vlm(config):
-    """Qwen3-VL of the config's sizes, with random weights. transformers knows the architecture; `rope_parameters` is
-    its version 5 name for version 4's `rope_scaling`, and 5 still takes the old one."""
-    text = asdict(config.text)
-    tie = text.pop("tie_word_embeddings")
-    text["rope_scaling"] = {
-        "rope_type": "default",
-        "mrope_section": text.pop("mrope_section"),
-        "mrope_interleaved": True,
-    }
-    vision = asdict(config.vision)
+    """Qwen3-VL of the config's sizes, with random weights; transformers knows the architecture."""
+    text, vision = asdict(config.text), asdict(config.vision)
     for ours in ("image_resize", "video_resize", "video_frames"):
         del vision[ours]
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(
-            text_config=text | {"tie_word_embeddings": tie}, vision_config=vision, tie_word_embeddings=tie
-        )
-    ).eval()
+    rope = {"rope_type": "default", "mrope_section": text.pop("mrope_section"), "mrope_interleaved": True}
+    text["rope_scaling"] = rope  # transformers 5 calls it rope_parameters, and still takes the old name
+    tie = text["tie_word_embeddings"]
+    both = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie)
+    return Qwen3VLForConditionalGeneration(both).eval()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -623,7 +567,7 @@ class Block:
 def timeline(references, target, boundaries=True):
     """Figure 5 as a list of Blocks: every reference between its two boundary tokens, then the target.
 
-    Args: shapes (T, H, W) in patches; without `boundaries` the blocks follow each other directly (figure 11)."""
+    Args: shapes (T, H, W) in patches; without `boundaries` blocks follow each other directly (figure 11)."""
     blocks, time = [], 0
     for shape in references:
         pieces = [("start", (1, 1, 1)), ("reference", shape), ("end", (1, 1, 1))]
@@ -638,8 +582,8 @@ def pack(references, boundaries, target):
 
     Args:
         references: patch embeddings [B, D, T, H, W], in the prompt's order.
-        boundaries: for each reference its (start, end), each [B, D]: the tokens that wrap it in the VLM, projected.
-            Empty: no boundary tokens.
+        boundaries: for each reference its (start, end), each [B, D]: the tokens that wrap it in the VLM,
+            projected. Empty: no boundary tokens.
         target: patch embeddings [B, D, T, H, W] of the noisy target.
     Returns:
         tokens [B, L, D], the target's last, and positions [L, 3] in (time, height, width).
@@ -721,21 +665,21 @@ class Embedder(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 
-class FeedForward(nn.Module):
-    """Two-layer MLP of a block; `activation` is a function."""
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
 
-    def __init__(self, width, hidden, activation):
+
+class FeedForward(nn.Module):
+    """Two-layer MLP of a block."""
+
+    def __init__(self, config, activation=gelu):
         super().__init__()
-        self.activation = activation
-        first, second = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.net = nn.ModuleList([nn.ModuleDict({"proj": first}), nn.Identity(), second])
+        width, hidden, self.activation = config.width, int(config.width * config.mlp_ratio), activation
+        first = nn.ModuleDict({"proj": nn.Linear(width, hidden)})
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, width)])
 
     def forward(self, x):
         return self.net[2](self.activation(self.net[0]["proj"](x)))
-
-
-def gelu(x):
-    return F.gelu(x, approximate="tanh")
 
 
 class Attention(nn.Module):
@@ -743,11 +687,9 @@ class Attention(nn.Module):
 
     def __init__(self, config, norm=True, out=True):
         super().__init__()
-        width, self.heads = config.width, config.num_attention_heads
+        width, head, self.heads = config.width, config.attention_head_dim, config.num_attention_heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.norm_q, self.norm_k = (
-            nn.RMSNorm(config.attention_head_dim, eps=1e-6) if norm else nn.Identity() for _ in range(2)
-        )
+        self.norm_q, self.norm_k = (nn.RMSNorm(head, eps=1e-6) if norm else nn.Identity() for _ in range(2))
         if out:
             self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
@@ -761,11 +703,9 @@ class JointAttention(Attention):
 
     def __init__(self, config):
         super().__init__(config)
-        width = config.width
+        width, head = config.width, config.attention_head_dim
         self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(width, width) for _ in range(3))
-        self.norm_added_q, self.norm_added_k = (
-            nn.RMSNorm(config.attention_head_dim, eps=1e-6) for _ in range(2)
-        )
+        self.norm_added_q, self.norm_added_k = (nn.RMSNorm(head, eps=1e-6) for _ in range(2))
         self.to_add_out = nn.Linear(width, width)
 
     def text_qkv(self, x):
@@ -779,27 +719,24 @@ class DualBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, hidden = config.width, int(config.width * config.mlp_ratio)
-        self.norm1, self.norm1_context = Modulation(width, 6), Modulation(width, 6)
+        self.norm1, self.norm1_context = Modulation(config.width, 6), Modulation(config.width, 6)
         self.attn = JointAttention(config)
-        self.ff, self.ff_context = FeedForward(width, hidden, gelu), FeedForward(width, hidden, gelu)
+        self.ff, self.ff_context = FeedForward(config), FeedForward(config)
 
     def forward(self, x, text, embedding, rope, mask):
         """x [B, Lv, D] visual, text [B, Lt, D]; both come back in the same shapes."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(embedding)
-        text_shift, text_scale, text_gate, text_shift_ff, text_scale_ff, text_gate_ff = self.norm1_context(
-            embedding
-        )
+        t_shift, t_scale, t_gate, t_shift_ff, t_scale_ff, t_gate_ff = self.norm1_context(embedding)
 
         visual_qkv = self.attn.qkv(modulate(x, shift, scale))
-        text_qkv = self.attn.text_qkv(modulate(text, text_shift, text_scale))
+        text_qkv = self.attn.text_qkv(modulate(text, t_shift, t_scale))
         q, k, v = (torch.cat(pair, 1) for pair in zip(visual_qkv, text_qkv))
         attended = attend(rotate(q, rope), rotate(k, rope), v, mask)
 
         x = x + gate * self.attn.to_out[0](attended[:, : x.shape[1]])
         x = x + gate_ff * self.ff(modulate(x, shift_ff, scale_ff))
-        text = text + text_gate * self.attn.to_add_out(attended[:, x.shape[1] :])
-        text = text + text_gate_ff * self.ff_context(modulate(text, text_shift_ff, text_scale_ff))
+        text = text + t_gate * self.attn.to_add_out(attended[:, x.shape[1] :])
+        text = text + t_gate_ff * self.ff_context(modulate(text, t_shift_ff, t_scale_ff))
         return x, text
 
 
@@ -830,7 +767,7 @@ class RefinerBlock(nn.Module):
         width = config.width
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(config, norm=False)
-        self.ff = FeedForward(width, int(width * config.mlp_ratio), F.silu)
+        self.ff = FeedForward(config, F.silu)
         self.norm_out = Modulation(width, 2)
 
     def forward(self, x, embedding, mask):
@@ -845,9 +782,8 @@ class TokenRefiner(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, text = config.width, config.text_embed_dim
-        self.time_text_embed = nn.ModuleDict(
-            {"timestep_embedder": Embedder(256, width), "text_embedder": Embedder(text, width)}
-        )
+        inputs = {"timestep_embedder": 256, "text_embedder": text}
+        self.time_text_embed = nn.ModuleDict({name: Embedder(n, width) for name, n in inputs.items()})
         self.proj_in = nn.Linear(text, width)
         blocks = nn.ModuleList([RefinerBlock(config) for _ in range(config.num_refiner_layers)])
         self.token_refiner = nn.ModuleDict({"refiner_blocks": blocks})
@@ -868,7 +804,7 @@ class TokenRefiner(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """HunyuanVideo's transformer over the interleaved context: predicts the target's velocity, noise - data."""
+    """HunyuanVideo's transformer over the interleaved context: predicts the target's velocity."""
 
     UNUSED = "time_text_embed.text_embedder."  # CLIP's pooled text: in the base checkpoint, not in VINO
 
@@ -877,44 +813,28 @@ class MMDiT(nn.Module):
         self.config, width = config, config.width
         self.checkpointing = False
         self.patch = (config.patch_size_t, config.patch_size, config.patch_size)
-        self.x_embedder = nn.ModuleDict(
-            {"proj": nn.Conv3d(config.in_channels, width, self.patch, self.patch)}
-        )
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(config.in_channels, width, *[self.patch] * 2)})
         self.context_embedder = TokenRefiner(config)
-        self.time_text_embed = nn.ModuleDict(
-            {
-                "timestep_embedder": Embedder(256, width),
-                "guidance_embedder": Embedder(256, width),
-                "text_embedder": Embedder(config.pooled_projection_dim, width),
-            }
-        )
+        pooled = config.pooled_projection_dim
+        inputs = {"timestep_embedder": 256, "guidance_embedder": 256, "text_embedder": pooled}
+        self.time_text_embed = nn.ModuleDict({name: Embedder(n, width) for name, n in inputs.items()})
         self.transformer_blocks = nn.ModuleList([DualBlock(config) for _ in range(config.num_layers)])
-        self.single_transformer_blocks = nn.ModuleList(
-            [SingleBlock(config) for _ in range(config.num_single_layers)]
-        )
+        singles = [SingleBlock(config) for _ in range(config.num_single_layers)]
+        self.single_transformer_blocks = nn.ModuleList(singles)
         self.norm_out = Modulation(width, 2)
         self.proj_out = nn.Linear(width, math.prod(self.patch) * config.out_channels)
 
     def forward(self, latents, t, condition):
-        """
-        Args:
-            latents: noisy target [B, C, T, H, W].
-            t: time [B] in [0, 1], 1 = noise.
-            condition: a Condition of the same batch size.
-        Returns:
-            velocity [B, C, T, H, W].
-        """
-        embed = self.x_embedder["proj"]
+        """Velocity [B, C, T, H, W] of the noisy target `latents` [B, C, T, H, W] at time t [B] in [0, 1],
+        1 = noise, under a Condition of the same batch size."""
+        config, embed = self.config, self.x_embedder["proj"]
         dtype = embed.weight.dtype
-        references = [embed(latent.to(dtype)) for latent in condition.references]
-        target = embed(latents.to(dtype))
+        *references, target = [embed(latent.to(dtype)) for latent in (*condition.references, latents)]
         x, positions = pack(references, condition.boundaries, target)
         timestep = 999 * t
         text = self.context_embedder(condition.tokens.to(dtype), timestep, condition.mask)
         # Text is not rotated: position 0 on every axis is the rotation by nothing.
-        rope = rope_3d(
-            F.pad(positions, (0, 0, 0, text.shape[1])), self.config.rope_axes_dim, self.config.rope_theta
-        )
+        rope = rope_3d(F.pad(positions, (0, 0, 0, text.shape[1])), config.rope_axes_dim, config.rope_theta)
         mask = None
         if condition.mask is not None:  # every visual token is seen
             mask = F.pad(condition.mask, (x.shape[1], 0), value=True)[:, None, None]
@@ -1014,18 +934,18 @@ class Resample(nn.Module):
         return self.conv(x)
 
 
-def mid_block(channels, groups):
-    attention = nn.ModuleList([FrameAttention(channels, groups)])
-    resnets = nn.ModuleList([Resnet(channels, channels, groups) for _ in range(2)])
-    return nn.ModuleDict({"attentions": attention, "resnets": resnets})
+class MidBlock(nn.Module):
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.attentions = nn.ModuleList([FrameAttention(channels, groups)])
+        self.resnets = nn.ModuleList([Resnet(channels, channels, groups) for _ in range(2)])
 
-
-def run_mid_block(block, x):
-    return block["resnets"][1](block["attentions"][0](block["resnets"][0](x)))
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class Coder(nn.Module):
-    """Encoder or decoder: levels of resnets, a resampling step after each but the last, attention at the small end."""
+    """Encoder or decoder: levels of resnets, resampling between them, attention at the small end."""
 
     def __init__(self, in_channels, channels, out_channels, layers, groups, up):
         super().__init__()
@@ -1033,27 +953,28 @@ class Coder(nn.Module):
         self.conv_in = CausalConv3d(in_channels, channels[0])
         levels, width = [], channels[0]
         for i, level_width in enumerate(channels):
-            resnets = [Resnet(width if j == 0 else level_width, level_width, groups) for j in range(layers)]
-            level, width = nn.ModuleDict({"resnets": nn.ModuleList(resnets)}), level_width
+            widths = [width] + [level_width] * layers
+            resnets = nn.ModuleList([Resnet(a, b, groups) for a, b in pairwise(widths)])
+            level, width = nn.ModuleDict({"resnets": resnets}), level_width
             if i < len(channels) - 1:  # space is resampled at each of these, time at the last two
                 factor = (2 if i >= len(channels) - 3 else 1, 2, 2)
                 level["upsamplers" if up else "downsamplers"] = nn.ModuleList([Resample(width, factor, up)])
             levels.append(level)
         setattr(self, "up_blocks" if up else "down_blocks", nn.ModuleList(levels))
-        self.mid_block = mid_block(channels[0] if up else channels[-1], groups)
+        self.mid_block = MidBlock(channels[0] if up else channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = CausalConv3d(channels[-1], out_channels)
 
     def forward(self, x):
         x = self.conv_in(x)
         if self.up:
-            x = run_mid_block(self.mid_block, x)
+            x = self.mid_block(x)
         for level in self.up_blocks if self.up else self.down_blocks:
             for group in level.values():
                 for layer in group:
                     x = layer(x)
         if not self.up:
-            x = run_mid_block(self.mid_block, x)
+            x = self.mid_block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -1062,7 +983,7 @@ def tiled(function, x, dim, tile, stride, ratio, lead=0):
 
     Args:
         tile, stride: in units of x. ratio: the output's length over the input's.
-        lead: 1 along time, where a tile's first frame has no past: later tiles begin one frame early and drop it.
+        lead: 1 along time, where a tile's first frame has no past: later tiles start early, and drop it.
     """
     length = x.shape[dim]
     if length <= tile:
@@ -1099,24 +1020,21 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv3d(latent, latent, 1)
 
     def in_tiles(self, function, x, space, time):
-        """Apply `function` in tiles: of 16 frames always, as the public model does; in space only where frames are
-        large. `space` and `time` are pixels per unit of x."""
-        frames, frame_stride = (n // time for n in self.config.tile_frames)
-        side, side_stride = (n // space for n in self.config.tile_pixels)
-        up = space > 1
+        """Apply `function` to x in tiles: of 16 frames always, as the public model does; in space only where
+        frames are large. `space` and `time` are how much longer the result is than x."""
+        frames = [int(n / max(time, 1)) for n in self.config.tile_frames]
+        sides = [int(n / max(space, 1)) for n in self.config.tile_pixels]
 
         def spatial(part):
-            def column(piece):
-                return tiled(function, piece, 4, side, side_stride, 8 if up else 1 / 8)
+            return tiled(lambda row: tiled(function, row, 4, *sides, space), part, 3, *sides, space)
 
-            return tiled(column, part, 3, side, side_stride, 8 if up else 1 / 8)
-
-        large = x.shape[3] * x.shape[4] * space**2 > self.config.untiled_area
-        return tiled(spatial if large else function, x, 2, frames, frame_stride, 4 if up else 1 / 4, lead=1)
+        large = x.shape[3] * x.shape[4] * max(space, 1) ** 2 > self.config.untiled_area
+        return tiled(spatial if large else function, x, 2, *frames, time, lead=1)
 
     def moments(self, pixels):
         """The posterior's mean and log-variance, each [B, C, T, H, W], not scaled."""
-        return self.in_tiles(lambda x: self.quant_conv(self.encoder(x)), pixels, space=1, time=1).chunk(2, 1)
+        parts = self.in_tiles(lambda x: self.quant_conv(self.encoder(x)), pixels, space=1 / 8, time=1 / 4)
+        return parts.chunk(2, 1)
 
     def encode(self, pixels):
         """Scaled latents: the posterior's mean, so that the same input gives the same picture."""
@@ -1134,16 +1052,15 @@ class VAE(nn.Module):
 
 
 def shift_time(u, shift):
-    """Move uniform times u in [0, 1] towards noise: large pictures need more of their steps there (table 1)."""
+    """Move uniform times u in [0, 1] towards noise: large pictures need more steps there (table 1)."""
     return shift * u / (1 - u + shift * u)
 
 
 def flow_loss(velocity, data, noise, u, shift):
     """Rectified flow: on the straight line x_t = (1 - t) data + t noise the velocity is noise - data.
 
-    Args:
-        velocity: function of (x_t, t) that predicts it. data, noise: [B, C, T, H, W]. u: [B], uniform in [0, 1].
-    Returns: squared error of each sample, [B]."""
+    Args: velocity, the function of (x_t, t) that predicts it; data, noise [B, C, T, H, W]; u [B], uniform in
+    [0, 1]. Returns the squared error of each sample, [B]."""
     t = shift_time(u, shift)
     weight = t.view(-1, 1, 1, 1, 1)
     predicted = velocity((1 - weight) * data + weight * noise, t)
@@ -1177,9 +1094,15 @@ def sample(velocity, noise, steps, shift, progress=False):
 # ----------------------------------------------------------------------------------------------------------
 
 
+HUB = {  # the public weights: repository -> files
+    "Qwen/Qwen3-VL-4B-Instruct": ["*.json", "*.safetensors"],
+    "hunyuanvideo-community/HunyuanVideo": ["transformer/*", "vae/*"],
+    "SOTAMak1r/VINO-weight": ["vino.ckpt"],
+}
+
+
 class Vino(nn.Module):
-    """The paper's figure 3. Parameter names are those of the public checkpoint: `transformer.`, `mm_encoder.`, and
-    `vae.` beside them."""
+    """Figure 3. Parameter names are the public checkpoint's: `transformer.`, `mm_encoder.`, and `vae.`."""
 
     def __init__(self, config, tokenizer):
         super().__init__()
@@ -1193,11 +1116,11 @@ class Vino(nn.Module):
         """Build the model on `meta` and stream its weights straight to `device` and `dtype`.
 
         Args:
-            weights: a `.safetensors` file of this project; a folder that holds the public weights as `hf download`
-                leaves them (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or
-                "random" for random weights from a fixed seed.
+            weights: a `.safetensors` file of this project; a folder with the public weights
+                (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or "random"
+                for random weights from a fixed seed.
             config: a Config; by default the file's own, else the full size.
-        Raises: InputError that names the file, and the tensor or the field that is missing, surplus or misshapen.
+        Raises: InputError that names the file, and the tensor or field that is missing, surplus or misshapen.
         """
         if str(weights) == "random":
             config = config or Config()
@@ -1209,7 +1132,7 @@ class Vino(nn.Module):
             stream = read_safetensors([weights], "", device)
         else:
             config = config or Config()
-            vlm, base, ckpt = locate(weights, config.hub)
+            vlm, base, ckpt = locate(weights)
             tokenizer = Tokenizer.from_file(str(existing(vlm / "tokenizer.json")))
             stream = read_public(vlm, base, ckpt, config, device)
         with torch.device("meta"):
@@ -1251,16 +1174,11 @@ class Vino(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name != tied}
 
     def save(self, path):
-        """Write one `.safetensors` with everything: weights, and in the metadata config and tokenizer. The file
-        appears under its name when it is complete."""
-        metadata = {
-            "config": json.dumps(asdict(self.config)),
-            "tokenizer": self.mm_encoder.tokenizer.to_str(),
-        }
-        partial = Path(f"{path}.partial")
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in self.saved_tensors().items()}, partial, metadata
-        )
+        """Write one `.safetensors`: weights, and in its metadata config and tokenizer. The file gets its name
+        when it is complete."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.saved_tensors().items()}
+        tokenizer, partial = self.mm_encoder.tokenizer.to_str(), Path(f"{path}.partial")
+        save_file(tensors, partial, {"config": json.dumps(asdict(self.config)), "tokenizer": tokenizer})
         partial.replace(path)
 
     @torch.no_grad()
@@ -1276,8 +1194,8 @@ class Vino(nn.Module):
     def branches(self, prompts, negatives, images, video, base, cfg_text, cfg_image):
         """Guidance's conditions: {name: (weight, Condition)}, without those that do not count.
 
-        "text_dropped" keeps all references; "image_dropped" keeps the video and, with `base`, the last image, which
-        is the one being edited. Args: lists of B texts, lists of EncodedReferences."""
+        "text_dropped" keeps all references; "image_dropped" keeps the video and, with `base`, the last image:
+        the one being edited. Args: lists of B texts, lists of EncodedReferences."""
         kept = images[-1:] if base else []
         if len(kept) == len(images):
             cfg_image = 1.0  # no image to drop
@@ -1291,30 +1209,17 @@ class Vino(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts,
-        images=(),
-        video=None,
-        *,
-        size,
-        base=False,
-        steps=None,
-        shift=None,
-        cfg_text=None,
-        cfg_image=None,
-        negative_prompt=None,
-        seed=0,
-        noise=None,
-        progress=False,
-    ):
+        self, prompts, images=(), video=None, *, size, base=False, steps=None, shift=None, cfg_text=None,
+        cfg_image=None, negative_prompt=None, seed=0, noise=None, progress=False,
+    ):  # fmt: skip
         """Make an image or a video for each prompt.
 
         Args:
-            prompts: B texts; `images` (References, in order) and `video` (a Reference) are named in them as Image 1,
-                Image 2, ..., Video 1. References have batch size B or 1.
+            prompts: B texts; `images` (References, in order) and `video` (a Reference) are named in them as
+                Image 1, Image 2, ..., Video 1. References have batch size B or 1.
             size: (frames, height, width) of the result: 4k + 1, and multiples of 16.
             base: the last image is the one being edited, the others are references for the edit.
-            steps, shift, cfg_text, cfg_image, negative_prompt: default to the config's for an image or a video.
+            steps, shift, cfg_text, cfg_image, negative_prompt: by default the config's, for image or video.
             seed: sample i starts from the noise of seed + i. noise: overrides it, [B, C, T, H, W].
         Returns: pixels [B, 3, frames, height, width], in [-1, 1] but for overshoot.
         """
@@ -1351,7 +1256,7 @@ def existing(path):
 
 
 def read_metadata(path, config):
-    """Config and tokenizer of a `.safetensors` of this project. A config that was asked for must be the same."""
+    """Config and tokenizer of a `.safetensors` of this project; must fit `config`, if that is given."""
     try:
         with safe_open(existing(path), "pt") as file:
             metadata = file.metadata() or {}
@@ -1360,47 +1265,38 @@ def read_metadata(path, config):
     if not {"config", "tokenizer"} <= metadata.keys():
         raise InputError(f"{path} was not written by this project: its metadata holds no config")
     saved = Config.from_dict(json.loads(metadata["config"]))
-    for section in ("text", "vision", "mmdit", "vae", "num_queries") if config else ():
-        agree(getattr(config, section), getattr(saved, section), section, path)
+    if config:
+        ours, theirs = asdict(config), asdict(saved)
+        for section in ("text", "vision", "mmdit", "vae", "num_queries"):
+            agree(ours[section], theirs[section], section, path)
     return config or saved, Tokenizer.from_str(metadata["tokenizer"])
 
 
 def agree(ours, theirs, name, path):
-    """Raise an InputError where a public config file or saved config differs from ours. Unknown names are not ours."""
-    if is_dataclass(ours):
-        theirs = asdict(theirs) if is_dataclass(theirs) else theirs
-        for f in fields(ours):
-            if f.name in theirs:
-                agree(getattr(ours, f.name), theirs[f.name], f"{name}.{f.name}", path)
+    """Raise an InputError where the config at `path` differs from ours, in the fields that both have."""
+    if isinstance(ours, dict):
+        for key in sorted(ours.keys() & theirs.keys()):
+            agree(ours[key], theirs[key], f"{name}.{key}", path)
     elif ours != theirs:
         raise InputError(f"config and weights do not fit: field '{name}' is {ours}, and {theirs} in {path}")
 
 
-def locate(weights, hub):
-    """Folders of the VLM and of HunyuanVideo, and the path of vino.ckpt, downloaded first where they are hub ids."""
-    if str(weights) != "hub":
-        folder = existing(weights)
-        found = [existing(folder / Path(name).name) for name in (hub.vlm, hub.base)]
-        return *found, existing(folder / "vino.ckpt")
-    from huggingface_hub import snapshot_download  # only here is the network needed
-
-    wanted = {hub.vlm: None, hub.base: ["transformer/*", "vae/*"], hub.vino: ["vino.ckpt"]}
-    vlm, base, vino = (Path(snapshot_download(name, allow_patterns=files)) for name, files in wanted.items())
-    return vlm, base, vino / "vino.ckpt"
+def locate(weights):
+    """Folders of the VLM and of HunyuanVideo, and the path of vino.ckpt, downloaded first for "hub"."""
+    if str(weights) == "hub":
+        vlm, base, vino = (Path(snapshot_download(name, allow_patterns=files)) for name, files in HUB.items())
+        return vlm, base, vino / "vino.ckpt"
+    folder = existing(weights)
+    return [existing(folder / name) for name in ("Qwen3-VL-4B-Instruct", "HunyuanVideo", "vino.ckpt")]
 
 
 def read_public(vlm, base, ckpt, config, device):
-    """All tensors of the public weights, under our names. `vino.ckpt` wins over HunyuanVideo's own transformer."""
-    for part, folder in ((config.mmdit, base / "transformer"), (config.vae, base / "vae")):
-        agree(
-            part,
-            json.loads(existing(folder / "config.json").read_text()),
-            folder.name,
-            folder / "config.json",
-        )
-    qwen = json.loads(existing(vlm / "config.json").read_text())
-    agree(config.text, qwen.get("text_config", {}), "text", vlm / "config.json")
-    agree(config.vision, qwen.get("vision_config", {}), "vision", vlm / "config.json")
+    """All tensors of the public weights, under our names; those of `vino.ckpt` win over the base model's."""
+    ours = asdict(config)
+    qwen = {"text_config": ours["text"], "vision_config": ours["vision"]}
+    for part, folder in ((qwen, vlm), (ours["mmdit"], base / "transformer"), (ours["vae"], base / "vae")):
+        path = existing(folder / "config.json")
+        agree(part, json.loads(path.read_text()), folder.name, path)
     try:
         trained = torch.load(ckpt, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
