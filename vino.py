@@ -317,8 +317,8 @@ class Reference:
 
     @classmethod
     def video(cls, clip, frames, config, area=None):
-        """A clip, uint8 [T, H, W, 3]. The VAE gets its first `frames` (4k + 1), at `area` pixels if given, and
-        the VLM 8 frames spread over all of it."""
+        """A clip, uint8 [T, H, W, 3]. The VAE gets its first `frames` (4k + 1), at `area` pixels, if given,
+        and the VLM 8 frames spread over all of it."""
         length, height, width = clip.shape[:3]
         if length < 5:
             raise InputError(f"the video has {length} frame(s), and the VAE needs at least 5")
