@@ -105,6 +105,8 @@ GOLDEN_MODELS = {}
 @torch.no_grad()
 def test_every_stage_equals_the_public_release(path):
     call, golden = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
+    if "in.video" in golden and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("torch rounds resized video frames differently on this processor: needs x86 with AVX2")
     if path.parent not in GOLDEN_MODELS:
         GOLDEN_MODELS[path.parent] = golden_model(path.parent)
     model = GOLDEN_MODELS[path.parent]
@@ -114,7 +116,9 @@ def test_every_stage_equals_the_public_release(path):
         step = next((int(key.rsplit("_", 1)[1]) for key in golden if key.startswith(f"{name}.rows_")), None)
         theirs = golden[name] if step is None else golden[f"{name}.rows_{step}"]
         rows = ours if step is None else ours[::step] if ours.dim() == 2 else ours[:, ::step]
-        assert relative_error(rows, theirs) < 1e-4, name
+        error = relative_error(rows, theirs)
+        print(f"{name:24} {error:.1e}")  # shown by pytest -rP
+        assert error < 1e-4, name
 
     area = math.prod(call["letterbox_area_hw"])
     images = [

@@ -268,9 +268,28 @@ def to_frames(images):
 
 
 def bicubic(frames, size):
-    """Antialiased resizing of [T, 3, H, W] to (h, w). uint8 and float round differently, and the release
-    uses both."""
-    return F.interpolate(frames, size, mode="bicubic", antialias=True) if frames.shape[2:] != size else frames
+    """Antialiased resizing of [T, 3, H, W] to (h, w), in float32 and not clamped."""
+    return F.interpolate(frames.float(), size, mode="bicubic", antialias=True)
+
+
+def bicubic_uint8(frames, size):
+    """The same for uint8: width first, 16-bit weights, rounded after each axis.
+
+    This is torch's uint8 arithmetic on x86, which the release's image processor uses. It is written out because
+    torch rounds differently on other processors and in other versions.
+    """
+    x = frames.double()
+    for length in (size[1], size[0]):
+        scale = x.shape[-1] / length
+        centers = (torch.arange(length, dtype=x.dtype)[:, None] + 0.5) * scale
+        d = ((torch.arange(x.shape[-1], dtype=x.dtype) + 0.5 - centers) / max(scale, 1.0)).abs()
+        near, far = (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # cubic kernel, a = -1/2
+        weights = torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
+        weights /= weights.sum(1, keepdim=True)
+        one = 2.0 ** math.floor(math.log2((2**15 - 0.5) / weights.max()))
+        weights = (weights * one + 0.5 * weights.sign()).trunc()
+        x = ((x @ weights.T + one / 2) / one).floor().clamp(0, 255).mT
+    return x
 
 
 def normalize(frames):
@@ -312,7 +331,7 @@ class Reference:
         image = letterbox(image, area)
         (h, w), rule = vlm_size(image.height, image.width, *config.image_resize[0]), config.image_resize[1]
         seen = to_frames([image.resize((w, h), Image.BICUBIC)])
-        seen = bicubic(seen, vlm_size(h, w, *rule))
+        seen = bicubic_uint8(seen, vlm_size(h, w, *rule))
         return cls(normalize(to_frames([image])), *patchify(normalize(seen), config), is_video=False)
 
     @classmethod
@@ -324,11 +343,11 @@ class Reference:
             raise InputError(f"the video has {length} frame(s), and the VAE needs at least 5")
         first = to_frames(clip[: (min(frames, length) - 1) // 4 * 4 + 1])
         if area:
-            first = bicubic(first.float(), video_size(width, height, area)).round().clamp(0, 255)
+            first = bicubic(first, video_size(width, height, area)).round().clamp(0, 255)
         first = first[..., : first.shape[2] // 16 * 16, : first.shape[3] // 16 * 16]
         spread = torch.linspace(0, length - 1, config.video_frames).round().long()
         size, rule = vlm_size(height, width, *config.video_resize[0]), config.video_resize[1]
-        seen = bicubic(to_frames(clip[spread]).float(), size).round().clamp(0, 255)
+        seen = bicubic(to_frames(clip[spread]), size).round().clamp(0, 255)
         seen = bicubic(seen, vlm_size(*size, *rule, frames=len(spread)))
         return cls(normalize(first), *patchify(normalize(seen), config), is_video=True)
 
@@ -1173,10 +1192,11 @@ class Vino(nn.Module):
         tied = "mm_encoder.mm_encoder.lm_head.weight" if self.config.text.tie_word_embeddings else None
         return {name: tensor for name, tensor in self.state_dict().items() if name != tied}
 
-    def save(self, path):
-        """Write one `.safetensors`: weights, and in its metadata config and tokenizer. The file gets its name
-        when it is complete."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.saved_tensors().items()}
+    def save(self, path, tensors=None):
+        """Write one `.safetensors`: weights (`tensors` instead of our own, if given), and in its metadata config and
+        tokenizer. The file gets its name when it is complete."""
+        tensors = tensors or self.saved_tensors()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         tokenizer, partial = self.mm_encoder.tokenizer.to_str(), Path(f"{path}.partial")
         save_file(tensors, partial, {"config": json.dumps(asdict(self.config)), "tokenizer": tokenizer})
         partial.replace(path)
