@@ -17,6 +17,7 @@ Shapes: B batch, L tokens, T frames, H height, W width, C channels, D width of a
 import json
 import math
 import pickle
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -174,10 +176,14 @@ class Config:
             raise InputError(f"cannot read the config {path}: {error.strerror}") from error
         except json.JSONDecodeError as error:
             raise InputError(f"config {path}, line {error.lineno}: not JSON ({error.msg})") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"config {path} is not text") from error
 
 
 def override(node, overrides, prefix):
     """Set the fields of the dataclass `node`, in place, to the values of the dictionary `overrides`."""
+    if not isinstance(overrides, dict):
+        raise InputError("config: should be an object in braces")
     for name, value in overrides.items():
         if name not in {f.name for f in fields(node)}:
             raise InputError(f"config: there is no field '{prefix}{name}'")
@@ -421,6 +427,13 @@ def build_prompt(tokenizer, text, references, merge):
     return Prompt(ids, torch.tensor(positions).T, starts, ends)
 
 
+def attention_kernels():
+    """Context in which attention has no cuDNN kernel while gradients are wanted: there its backward was not
+    finite, or crashed (torch 2.11, bfloat16, H200). Without gradients it is the fastest, and right."""
+    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(allowed) if torch.is_grad_enabled() else nullcontext()
+
+
 class Connector(nn.Module):
     """Two-layer MLP from the VLM's hidden states to the MMDiT (2.1)."""
 
@@ -511,7 +524,8 @@ class MultiModalEncoder(nn.Module):
         model, entered = self.mm_encoder.model.language_model, []
         order = cache.get_seq_length() + torch.arange(embeds.shape[1], device=embeds.device)
         order = order.expand(1, embeds.shape[0], -1)  # with this fourth row the mask is plainly causal
-        with model.layers[-1].register_forward_pre_hook(lambda layer, args: entered.append(args[0])):
+        last = model.layers[-1]
+        with last.register_forward_pre_hook(lambda _, args: entered.append(args[0])), attention_kernels():
             model(
                 inputs_embeds=embeds,
                 position_ids=torch.cat([order, positions]),
@@ -644,8 +658,9 @@ def rotate(x, rope):
 
 def attend(q, k, v, mask=None):
     """Softmax attention, q, k, v [B, L, heads, head] -> [B, L, D]. `mask` is True where a key may be seen."""
-    x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
-    return x.transpose(1, 2).flatten(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    with attention_kernels():
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 def sinusoid(t, dim=256):
