@@ -1,29 +1,51 @@
 """Each test is a claim of the README or of the paper's method; its name is the claim.
 
-`VINO_GOLDEN` (folders separated by ":") replaces assets/golden by other golden runs of the same format.
+`VINO_GOLDEN` (folders separated by ":") replaces assets/golden by other golden runs of that format. `SLOW=1`
+adds the over-fitting of one batch of each task.
 """
 
 import copy
 import json
 import math
 import os
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+# Before torch starts: idle threads shall sleep, or the suite takes many times as long on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import av
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import multiprocessing
+from tqdm import tqdm
+from transformers import DynamicCache
 
+import sample as command_line
+import train
 import vino
+from train import STAGES, TASKS, Trainer, parse_arguments
 from vino import (
     VAE, Block, Condition, Config, FrameAttention, InputError, MMDiT, Reference, Vino, build_prompt,
     byte_tokenizer, flow_loss, guidance_weights, letterbox_size, pack, patchify, rope_3d, rotate, sample,
-    tiled, time_steps, timeline, video_size, vlm_size,
+    shift_time, tiled, time_steps, timeline, video_size, vlm_size,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process needs none
 GOLDEN = [Path(folder) for folder in os.environ.get("VINO_GOLDEN", str(HERE / "assets/golden")).split(":")]
 
 
@@ -269,7 +291,7 @@ def test_cached_prompt_and_queries_equal_one_pass_over_both(tiny, photo, clip):
         torch.cat([embeds, queries], 1),
         torch.cat([prompt.positions, behind], 1)[:, None],
         None,
-        vino.DynamicCache(),
+        DynamicCache(),
         torch.nn.functional.pad(where, (0, queries.shape[1])),
         deepstack,
     )
@@ -390,11 +412,11 @@ def test_tiling_puts_a_signal_back_together_exactly():
 @torch.no_grad()
 def test_large_frames_are_decoded_in_tiles_of_bounded_size(tiny):
     vae, seen = copy.deepcopy(tiny.vae), []
-    vae.config.untiled_area = 128 * 128
+    vae.config.tile_pixels, vae.config.untiled_area = [64, 48], 64 * 64
     vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[2:]))
-    pixels = vae.decode(torch.randn(1, 16, 7, 24, 40))
-    assert pixels.shape == (1, 3, 25, 192, 320)
-    assert max(t for t, _, _ in seen) <= 5 and max(h * w for _, h, w in seen) <= 32 * 32
+    pixels = vae.decode(torch.randn(1, 16, 7, 10, 14))
+    assert pixels.shape == (1, 3, 25, 80, 112)
+    assert max(t for t, _, _ in seen) <= 5 and max(h * w for _, h, w in seen) <= 8 * 8
 
 
 @torch.no_grad()
@@ -563,3 +585,804 @@ def test_bfloat16_on_a_gpu_is_close_to_float32_on_the_cpu(tiny, photo, tmp_path)
     slow = tiny.velocity(noise, t, tiny.mm_encoder(["x"], [tiny.encode(photo)]))
     condition = fast.mm_encoder(["x"], [fast.encode(photo)])
     assert relative_error(fast.velocity(noise.cuda(), t.cuda(), condition).cpu().float(), slow) < 2e-2
+
+
+# ----------------------------------------------------------------------------------------------------------
+# sample.py: the command line
+# ----------------------------------------------------------------------------------------------------------
+
+TINY = ["--weights", "random", "--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def media(tmp_path, monkeypatch):
+    """A working directory with a wide and a square picture and a wide clip of 13 frames."""
+    monkeypatch.chdir(tmp_path)
+    ramp = np.linspace(0, 255, 13 * 40 * 80 * 3).reshape(13, 40, 80, 3).astype(np.uint8)
+    Image.fromarray(ramp[0]).save("wide.png")
+    Image.fromarray(ramp[0, :, :40]).save("square.png")
+    command_line.write_mp4("clip.mp4", ramp, 8, "")
+    return tmp_path
+
+
+def sample_py(*arguments):
+    return command_line.main([*TINY, *arguments])
+
+
+def refusal(capsys, *arguments):
+    """The one line that a call ends with. The folder holds what it held before."""
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as end:
+        sample_py(*arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("sample.py: error: "), lines
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+    return lines[0]
+
+
+def film(path):
+    """(frames, height, width), codec, pixel format and frame rate, and the metadata of an .mp4."""
+    with av.open(str(path)) as file:
+        stream, frames = file.streams.video[0], [frame.to_ndarray(format="rgb24") for frame in file.decode()]
+        kind = (stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate)
+        return (len(frames), *frames[0].shape[:2]), kind, file.metadata
+
+
+def test_one_command_on_a_fresh_machine_makes_a_picture_named_by_prompt_and_seed(tmp_path):
+    call = [sys.executable, HERE / "sample.py", "--prompt", "A large, red circle!", "--steps", "2"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "a-large-red-circle_0.png"), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a-large-red-circle_0.png"]
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr and "step/s" in done.stderr
+
+
+def test_a_task_file_of_the_release_makes_all_nine_tasks_and_names_the_items_that_fail(
+    media, capsys, monkeypatch
+):
+    bases, generate = [], Vino.generate
+    monkeypatch.setattr(Vino, "generate", lambda *a, **b: bases.append(b["base"]) or generate(*a, **b))
+    (media / "tasks").mkdir()
+    Image.open("wide.png").save("tasks/near.png")  # found beside the task file
+    wide, square, clip = "./wide.png", "./square.png", "./clip.mp4"
+    items = [  # index, task, images, video -> size of the result
+        ("text_image", "t2i", None, None, (64, 64)),
+        ("text_video", "t2v", None, None, (9, 64, 64)),
+        ("image_video", "i2v", [wide], None, (9, 48, 96)),
+        ("edit", "ti2i", ["near.png"], None, (48, 96)),
+        ("guided_edit", "ti2i", [square, wide], None, (48, 96)),
+        ("images_video", "ti2v", [wide, square, wide], None, (9, 64, 64)),
+        ("broken", "ti2i", ["./missing.png"], None, None),
+        ("video_edit", "tv2v", None, clip, (9, 32, 80)),
+        ("guided_video_edit", "tiv2v", [square, square], clip, (9, 32, 80)),
+        ("camera", "tiv2v", [wide], clip, (9, 32, 80)),
+    ]
+    names = ("index", "task", "ref_image_paths", "ref_video_path")
+    rows = [dict(zip(names, item), caption="Use Image 1", ref_image_have_base=False) for item in items]
+    rows[4]["ref_image_have_base"] = True
+    Path("tasks/all.json").write_text(json.dumps(rows))
+    assert sample_py("--tasks", "tasks/all.json", "--out", "results", "--cfg-image", "1.5") == 1
+    last = capsys.readouterr().err.splitlines()[-2:]
+    assert last == ["1 of 10 failed:", "  broken: ./missing.png does not exist"]
+    assert len(list(Path("results").iterdir())) == 9 and bases == [False] * 4 + [True] + [False] * 4
+    for index, task, _, _, size in items:
+        if size and task.endswith("i"):
+            assert Image.open(f"results/{index}.png").size == size[::-1]
+        elif size:
+            assert film(f"results/{index}.mp4")[:2] == (size, ("h264", "yuv420p", 8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "task"),
+    [
+        ("", "t2i"), ("--frames 1", "t2i"), ("--frames 9", "t2v"), ("--out a.gif", "t2v"), ("--out a.MP4", "t2v"),
+        ("--image 1", "ti2i"), ("--image 1 --frames 5", "i2v"), ("--image 1 --out a.mp4", "i2v"),
+        ("--image 1 2", "ti2i"), ("--image 1 --image 2 --out a.mp4", "ti2v"), ("--image 1 2 --base", "ti2i"),
+        ("--video 1", "tv2v"), ("--video 1 --image 1", "tiv2v"), ("--video 1 --image 1 2 --out a.gif", "tiv2v"),
+    ],
+)  # fmt: skip
+def test_the_task_follows_from_the_inputs(arguments, task):
+    args = command_line.build_parser().parse_args(["--prompt", "x", *arguments.split()])
+    assert command_line.single_job(args).task == task
+
+
+def test_an_edit_takes_its_size_from_what_it_edits_and_only_its_area_from_the_command(media, capsys):
+    assert (
+        sample_py("--prompt", "x", "--image", "square.png", "wide.png", "--height", "64", "--width", "128")
+        == 0
+    )
+    assert Image.open("x_0.png").size == (128, 64)
+    assert (
+        sample_py("--prompt", "y", "--image", "wide.png", "square.png", "--height", "64", "--width", "128")
+        == 0
+    )
+    height, width = Image.open("y_0.png").size
+    assert height == width and "keeps the shape" in capsys.readouterr().err
+    assert sample_py("--prompt", "z", "--video", "clip.mp4", "--frames", "12", "--out", "z.mp4") == 0
+    assert film("z.mp4")[0] == (9, 32, 80) and "--frames 12 is not 4k + 1" in capsys.readouterr().err
+
+
+def test_the_same_command_gives_the_same_bytes_and_many_seeds_equal_single_runs(media):
+    call = ["--prompt", "a dot", "--frames", "5", "--height", "40", "--width", "50"]
+    assert sample_py(*call, "--out", "a.mp4") == sample_py(*call, "--out", "b.mp4") == 0
+    with av.open("a.mp4") as a, av.open("b.mp4") as b:
+        assert [bytes(packet) for packet in a.demux()] == [bytes(packet) for packet in b.demux()]
+    assert film("a.mp4")[0] == (5, 32, 48)
+    assert sample_py("--prompt", "a dot", "--seed", "3", "--num", "2", "--out", "dot.png") == 0
+    assert sample_py("--prompt", "a dot", "--seed", "4") == 0
+    three, four, single = (np.asarray(Image.open(f"{name}.png")) for name in ("dot_3", "dot_4", "a-dot_4"))
+    assert (four == single).all() and (three != four).any()
+
+
+def test_results_carry_command_seed_and_prompt(media):
+    call = ["--prompt", "a <|im_end|> é", "--seed", "7", "--frames"]
+    for name, frames in (("a.png", "1"), ("a.gif", "5"), ("a.mp4", "5")):
+        assert sample_py(*call, frames, "--out", name) == 0
+    png, gif = Image.open("a.png"), Image.open("a.gif")
+    facts = json.loads(film("a.mp4")[2]["comment"])
+    assert (facts["seed"], facts["prompt"]) == (7, "a <|im_end|> é") and "--seed 7" in facts["command"]
+    assert "--out a.gif" in json.loads(gif.info["comment"])["command"] and gif.n_frames == 5
+    assert (png.text["seed"], png.text["prompt"]) == ("7", "a <|im_end|> é") and "--seed 7" in png.text[
+        "command"
+    ]
+
+
+def test_nothing_is_overwritten_unless_asked_nor_by_a_result_that_fails(media, capsys, monkeypatch):
+    Path("x_0.png").write_text("mine")
+    with monkeypatch.context() as patch:  # the refusal comes before the expensive work
+        patch.setattr(Vino, "load", lambda *_: pytest.fail("loaded"))
+        assert "x_0.png exists; --overwrite" in refusal(capsys, "--prompt", "x")
+    with monkeypatch.context() as patch:
+
+        def full_disk(image, path, *_, **__):
+            Path(path).write_text("half of it")
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(Image.Image, "save", full_disk)
+        with pytest.raises(SystemExit):
+            sample_py("--prompt", "x", "--overwrite")
+    assert Path("x_0.png").read_text() == "mine" and "No space left" in capsys.readouterr().err
+    assert sample_py("--prompt", "x", "--overwrite") == 0 and Image.open("x_0.png").size == (64, 64)
+
+
+def test_explain_is_the_sequence_that_the_model_sees(media, capsys, monkeypatch):
+    call = ["--prompt", "<|vision_start|>", "--image", "square.png", "wide.png", "--video", "clip.mp4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Vino, "load", lambda *_: pytest.fail("loaded"))
+        assert sample_py(*call, "--explain") == 0
+        table = capsys.readouterr().out
+        Path("plain.json").write_text('{"boundary_tokens": false}')
+        assert sample_py(*call, "--explain", "--config", "plain.json") == 0
+        assert "start token" in table and "start token" not in capsys.readouterr().out
+    packed, read, pack, build = [], [], vino.pack, vino.build_prompt
+    monkeypatch.setattr(vino, "pack", lambda *a: packed.append(pack(*a)) or packed[-1])
+    monkeypatch.setattr(vino, "build_prompt", lambda *a: read.append(build(*a)) or read[-1])
+    assert sample_py(*call, "--out", "a.mp4") == 0
+
+    (tokens, positions), prompt, rows, begin = packed[0], read[0], {}, 0
+    for line in table.splitlines()[1:]:
+        source, count, *rest = re.split(r" {2,}", line)
+        rows[source] = rest
+        if source in ("prompt", "learnable queries", "total"):
+            continue
+        times = positions[begin : begin + int(count), 0]  # the model's own, for the tokens of this row
+        first, last = times.min().item(), times.max().item()
+        assert rest[1] == (str(first) if first == last else f"{first}-{last}")
+        begin += int(count)
+    assert begin == tokens.shape[1] and int(count) == begin + len(prompt.ids) + 32
+    for name, start, end in zip(("Image 1", "Image 2", "Video 1"), prompt.starts, prompt.ends, strict=True):
+        places = [rows[f"{name}, {piece}"][2] for piece in ("start token", "latents", "end token")]
+        assert places == [str(start), f"{start + 1}-{end - 1}", str(end)]
+
+
+def test_a_rewritten_prompt_is_printed_and_used(media, capsys, monkeypatch):
+    monkeypatch.setattr(vino.MultiModalEncoder, "rewrite", lambda self, prompt: f"{prompt}, at dawn")
+    assert sample_py("--prompt", "a dot", "--rewrite") == 0
+    assert "rewritten: a dot, at dawn" in capsys.readouterr().out
+    assert Image.open("a-dot_0.png").text["prompt"] == "a dot, at dawn"
+
+
+def test_pictures_and_clips_are_read_upright_over_white_and_only_as_far_as_wanted(media, monkeypatch):
+    photo, exif = Image.new("RGB", (32, 16), "red"), Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    photo.save("turned.jpg", exif=exif)
+    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save("clear.png")
+    assert command_line.read_image("turned.jpg").size == (16, 32)
+    assert command_line.read_image("clear.png").getpixel((0, 0)) == (255, 255, 255)
+    clip = command_line.Clip("clip.mp4")
+    with av.open("clip.mp4") as file:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode()])
+    assert clip.shape == frames.shape == (13, 40, 80, 3)
+    kept, upright = [], command_line.upright
+    monkeypatch.setattr(command_line, "upright", lambda frame: kept.append(1) or upright(frame))
+    assert (clip[:5] == frames[:5]).all() and len(kept) == 5
+    assert (clip[torch.tensor([0, 7, 7, 12])] == frames[[0, 7, 7, 12]]).all() and len(kept) == 8
+    turned = bytearray(Path("clip.mp4").read_bytes())
+    matrix = turned.find(b"tkhd") + 44  # nine 32-bit numbers: a quarter turn to the right
+    turned[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 40 << 16, 0, 1 << 30)
+    Path("turned.mp4").write_bytes(turned)
+    assert (command_line.Clip("turned.mp4")[:1][0] == np.rot90(frames[0], -1)).all()
+
+
+BAD = {
+    "": "give either --prompt",
+    "--prompt ''": "prompt is empty",
+    "--prompt x --tasks a.json": "either --prompt",
+    "--prompt x --height 0 --width 64": "'0' is not a whole number",
+    "--prompt x --height -16 --width 64": "'-16' is not a whole number",
+    "--prompt x --height wide --width 64": "'wide' is not a whole number",
+    "--prompt x --height 64": "go together",
+    "--prompt x --height 15 --width 64": "the least is 16",
+    "--prompt x --height 960000 --width 960000": "GiB",
+    "--prompt x --frames 1001": "the config allows 33",
+    "--prompt x --cfg-text nan": "'nan' is not a number",
+    "--prompt x --base --image wide.png": "--base needs two images",
+    "--prompt x --image wide.png wide.png wide.png wide.png wide.png": "allows 4",
+    "--prompt x --image missing.png": "missing.png does not exist",
+    "--prompt x --image empty": "empty is not an image",
+    "--prompt x --image text": "text is not an image",
+    "--prompt x --image cut.png": "cut.png is not an image, or is cut short",
+    "--prompt x --video missing.mp4": "missing.mp4 does not exist",
+    "--prompt x --video empty": "empty is not a video",
+    "--prompt x --video text": "text is not a video",
+    "--prompt x --video notes.txt": "notes.txt has no frames",
+    "--prompt x --video cut.mp4": "cut.mp4 is not a video, or is cut short",
+    "--prompt x --video wide.png": "1 frame(s), and the VAE needs at least 5",
+    "--prompt x --video clip.mp4 --frames 1": "--frames 1 is an image",
+    "--prompt x --out a.jpg": "does not end in .png",
+    "--prompt x --out a.png --frames 9": "does not fit the result, which is a video",
+    "--prompt x --out a.mp4 --frames 1": "does not fit the result, which is an image",
+    "--prompt x --out a.png --video clip.mp4": "does not fit the result",
+    "--prompt x --out none/a.png": "cannot write none/a.png",
+    "--prompt x --out text/a.png": "cannot write text/a.png",
+    "--prompt x --config text": "line 1: not JSON",
+    "--prompt x --config unknown.json": "no field 'text.size'",
+    "--prompt x --weights missing": "missing does not exist",
+    "--prompt x --weights tiny.safetensors --config other.json": "do not fit",
+    "--prompt x --device moon": "--device moon",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.items())
+def test_bad_input_is_one_clear_line_and_leaves_files_alone(media, capsys, arguments, message):
+    Path("empty").touch()
+    Path("text").write_text("hello " * 200)
+    Path("notes.txt").write_text("hello " * 200)
+    Path("cut.png").write_bytes(Path("wide.png").read_bytes()[:-300])
+    Path("cut.mp4").write_bytes(Path("clip.mp4").read_bytes()[:600])
+    Path("unknown.json").write_text('{"text": {"size": 1}}')
+    Path("other.json").write_text('{"num_queries": 8}')
+    if "tiny.safetensors" in arguments:
+        Vino.load("random", Config.from_file(HERE / "tiny_config.json")).save("tiny.safetensors")
+    assert message in refusal(capsys, *(word.strip("'") for word in arguments.split()))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[\n{"index": 1,}]', "a.json, line 2: not JSON"),
+        ("{}", "should be a list"),
+        ("[1]", "item 1: should be an object"),
+        ('[{"index": "a", "task": "t2i"}]', "item 1 (a): 'caption' is missing"),
+        ('[{"index": "a", "task": "i2i", "caption": "x"}]', "unknown task 'i2i'"),
+        ('[{"index": "a", "task": "t2i", "caption": 3}]', "'caption' is 3, should be a string"),
+        ('[{"index": "a", "task": "t2i", "caption": " "}]', "prompt is empty"),
+        ('[{"index": "../a", "task": "t2i", "caption": "x"}]', "a file's name"),
+        ('[{"index": "a", "task": "ti2i", "caption": "x"}]', "does not go with these references"),
+        ('[{"index": "a", "task": "ti2i", "caption": "x", "ref_image_paths": "b.png"}]', "a list of strings"),
+        (
+            '[{"index": 1, "task": "t2i", "caption": "x"}, {"index": "1", "task": "t2i", "caption": "x"}]',
+            "item 2",
+        ),
+    ],
+)
+def test_a_malformed_task_file_is_refused_with_its_line_or_item(media, capsys, text, message):
+    Path("a.json").write_text(text)
+    assert message in refusal(capsys, "--tasks", "a.json", "--out", "results")
+    assert not Path("results").exists()
+
+
+def test_memory_that_runs_out_is_one_line_and_other_errors_stay_errors(media, capsys, monkeypatch):
+    def generate(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(Vino, "generate", generate)
+    with pytest.raises(SystemExit):
+        sample_py("--prompt", "x")
+    assert "error: too large for the memory of cpu: 64 x 64" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(Vino, "generate", lambda *_, **__: torch.zeros(1) @ torch.zeros(2))
+    with pytest.raises(RuntimeError):
+        sample_py("--prompt", "x")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# train.py: 2.3, 3.1, table 1 and appendix B, and what a run must survive
+# ----------------------------------------------------------------------------------------------------------
+
+SMALL = {  # tiny_config.json, smaller
+    "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 16, "mrope_section": [3, 3, 2]},
+    "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+               "deepstack_visual_indexes": [0, 1]},
+    "mmdit": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 1,
+              "num_refiner_layers": 1, "text_embed_dim": 32, "rope_axes_dim": [4, 6, 6]},
+    "vae": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1},
+    "sampling": {"frames": 5}, "num_queries": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_old_handlers():
+    threads, handlers = (
+        torch.get_num_threads(),
+        {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)},
+    )
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config file of a very small model, with 32 x 32 frames, batches of 2 and a fast average."""
+    tiny = json.loads((HERE / "tiny_config.json").read_text())
+    for section, values in SMALL.items():
+        tiny[section] = tiny[section] | values if isinstance(values, dict) else values
+    stage = {"area": 1024, "batch": 2, "lr": 1e-3, "steps": 6}
+    tiny["training"] = {"1": stage, "2": stage | {"ema": 0.9}, "3": stage | {"ema": 0.9}}
+    path = tmp_path_factory.mktemp("config") / "small.json"
+    path.write_text(json.dumps(tiny))
+    return path
+
+
+def flags(config, out, *more, stage=3):
+    return [f"--stage={stage}", f"--config={config}", f"--out={out}", "--weights=random", *more]
+
+
+def run(config, out, *more, stage=3):
+    train.VALIDATION = train.PICTURE_STEPS = 1  # pictures take long
+    trainer = Trainer(parse_arguments(flags(config, out, *more, stage=stage)))
+    return trainer, trainer.train()
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def equal(a, b):
+    """Nested dictionaries of tensors, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return torch.equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def six_steps(config, tmp_path_factory):
+    """One process, six steps of stage 3 in one go."""
+    out = tmp_path_factory.mktemp("runs") / "six"
+    return run(config, out, "--save-every=3", "--validate-every=3")[0], out
+
+
+# --- Table 1 and the mixture ------------------------------------------------------------------------------
+
+
+def test_stages_are_the_columns_of_table_1():
+    columns = [
+        (s.lr, s.betas, s.steps, s.ema, s.area, s.shift, s.weight_decay, s.clip) for s in STAGES.values()
+    ]
+    assert columns == [
+        (1e-4, [0.9, 0.99], 20_000, 0, 320**2, 3, 0.01, 1),
+        (4e-5, [0.9, 0.95], 4_000, 0.9999, 640**2, 5, 0.01, 1),
+        (2e-5, [0.9, 0.95], 16_000, 0.9999, 640**2, 5, 0.01, 1),
+    ]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_changes_what_table_1_trains_and_nothing_else(stage, config, tmp_path):
+    trainer = Trainer(parse_arguments(flags(config, tmp_path, stage=stage)))
+    before = {name: tensor.clone() for name, tensor in trainer.vino.state_dict().items()}
+    trainer.out.mkdir(exist_ok=True)
+    for _ in range(4):  # with and without references
+        trainer.one_step(tqdm(disable=True))
+    changed = {
+        name for name, tensor in trainer.vino.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    trained = ("mm_encoder.connector", "mm_encoder.metaquery") + ("transformer.",) * (stage > 1)
+    expected = {name for name in before if name.startswith(trained)}
+    assert changed == {name for name in expected if "transformer.time_text_embed.text_embedder" not in name}
+
+
+def test_the_command_line_wins_over_the_config_and_the_config_over_table_1(config):
+    own, args = (
+        Config.from_file(config),
+        parse_arguments(["--stage=2", "--shift=2.5", "--betas", "0.8", "0.9"]),
+    )
+    stage = train.make_stage(2, own, vars(args))
+    assert (stage.shift, stage.betas, stage.area, stage.weight_decay) == (2.5, [0.8, 0.9], 1024, 0.01)
+    for wrong, named in [({"1": {"rate": 1}}, "training.1.rate"), ({"4": {}}, "training.4"),
+                         ({"1": {"steps": "many"}}, "training.1.steps")]:  # fmt: skip
+        with pytest.raises(InputError, match=named):
+            train.make_stage(1, Config.from_dict({"training": wrong}), {})
+
+
+def test_tasks_are_drawn_in_the_shares_of_the_mixture():
+    for number, mixture in train.MIXTURES.items():
+        assert math.isclose(sum(mixture.values()), 1)
+        draw = lambda step: train.chance(0, step, "task").choices(list(mixture), mixture.values())[0]  # noqa: E731
+        drawn = Counter(draw(step) for step in range(4000))
+        for task, share in mixture.items():
+            assert abs(drawn[task] / 4000 - share) < 4 * math.sqrt(share * (1 - share) / 4000), (number, task)
+
+
+def test_each_modality_is_dropped_one_time_in_ten_and_on_its_own():
+    seen = Counter()
+    for step in range(4000):
+        references = [train.Reference(None, None, None, is_video=video) for video in (False, False, True)]
+        batch = train.Batch("tiv2v", ["long"], ["short"], references, None, [(0, step, 0)])
+        kept = train.drop_conditions(batch, 0, step, 0.5)
+        images = sum(not r.is_video for r in kept.references)
+        assert images in (0, 2)  # all of them or none
+        seen.update({kept.prompts[0]: 1, "no images": images == 0, "no video": len(kept.references) == images,
+                     "neither": len(kept.references) == 0})  # fmt: skip
+    for event, share in [("", 0.1), ("long", 0.45), ("short", 0.45), ("no images", 0.1), ("no video", 0.1),
+                         ("neither", 0.01)]:  # fmt: skip
+        assert abs(seen[event] / 4000 - share) < 4 * math.sqrt(share * (1 - share) / 4000), event
+
+
+def test_times_are_uniform_then_shifted():
+    keys = [(0, step, number) for step in range(1000) for number in range(4)]
+    u, noise = train.draw_noise(keys, (2,))
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    t = shift_time(u, 3.0)  # t = 3u / (1 + 2u), so P(t < x) = x / (3 - 2x)
+    for x in (0.1, 0.3, 0.5, 0.7, 0.9):
+        share = x / (3 - 2 * x)
+        assert abs((t < x).float().mean() - share) < 4 * math.sqrt(share * (1 - share) / 4000)
+
+
+def test_a_local_batch_of_one_always_fits():
+    for name, task in TASKS.items():
+        for images in range(9):
+            frames = train.frames_that_fit(85, 30, images, task.video)
+            assert frames % 4 == 1 and frames <= 85
+            assert ((frames - 1) // 4 + 1) * (2 if task.video else 1) + images <= 30, name
+
+
+# --- Going on, on any number of processes -----------------------------------------------------------------
+
+
+def test_a_run_that_is_resumed_is_bit_equal_to_one_that_never_stopped(six_steps, config, tmp_path):
+    whole, out = six_steps
+    run(config, tmp_path, "--steps=3")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "task": "t2i", "loss": 1.0}\n{"step": 5, "ta')  # killed after the checkpoint
+    (tmp_path / "final.safetensors").unlink()
+    again, _ = run(config, tmp_path, "--resume", "--validate-every=3")
+    assert again.step == 6 and equal(whole.tensors(), again.tensors())
+    assert equal(load_file(out / "final.safetensors"), load_file(tmp_path / "final.safetensors"))
+    for a, b in zip(records(out), records(tmp_path), strict=True):
+        assert {k: v for k, v in a.items() if k not in ("seconds", "peak_mib")} == {
+            k: v for k, v in b.items() if k not in ("seconds", "peak_mib")}  # fmt: skip
+
+
+def two_processes(rank, config, folder, port):
+    torch.set_num_threads(1)
+    train.VALIDATION = train.PICTURE_STEPS = 1
+    for number, how in enumerate(("ddp", "zero2", "fsdp")):
+        os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": f"{port + number}"}  # fmt: skip
+        train.main(
+            flags(config, folder / how, "--batch=1", f"--shard={how}", "--save-every=3", "--validate-every=3")
+        )
+
+
+def test_ddp_zero2_and_fsdp_on_two_processes_are_one_process(six_steps, config, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(two_processes, (config, tmp_path, port), nprocs=2)
+    alone = load_file(six_steps[1] / "final.safetensors")
+    for how in ("ddp", "zero2", "fsdp"):
+        for one, two in zip(records(six_steps[1]), records(tmp_path / how), strict=True):
+            if "validation" in one:
+                assert one["validation"] == pytest.approx(two["validation"], rel=1e-5)
+                continue
+            assert one["task"] == two["task"] and one["samples"] == two["samples"]
+            assert math.isclose(one["loss"], two["loss"], rel_tol=1e-5), how
+            assert math.isclose(one["grad_norm"], two["grad_norm"], rel_tol=1e-4), how
+        for name, tensor in load_file(tmp_path / how / "final.safetensors").items():
+            assert torch.allclose(tensor, alone[name], atol=1e-4), (how, name)
+        shutil.rmtree(tmp_path / how / "checkpoints" / "step_00000006")
+        run(config, tmp_path / how, "--resume")  # two processes, then one
+        assert math.isclose(
+            records(tmp_path / how)[-2]["loss"], records(six_steps[1])[-2]["loss"], rel_tol=1e-5
+        )
+
+
+def test_accumulation_is_a_larger_batch(six_steps, config, tmp_path):
+    run(config, tmp_path, "--batch=1", "--accumulate=2", "--steps=2", "--checkpointing")
+    for one, two in zip(records(six_steps[1]), records(tmp_path)[:2]):
+        assert math.isclose(one["loss"], two["loss"], rel_tol=1e-5)
+
+
+def test_validation_is_the_same_each_time_and_draws_a_picture(config, tmp_path):
+    trainer = Trainer(parse_arguments(flags(config, tmp_path)))
+    trainer.out.mkdir(exist_ok=True)
+    trainer.tasks = ["t2i", "tiv2v"]
+    trainer.validate()
+    trainer.validate()
+    first, second = records(tmp_path)
+    assert first == second and set(first["validation"]) == {"t2i", "tiv2v"}
+    assert Image.open(tmp_path / "step_00000000.png").width > 32 * 9
+
+
+# --- The queries' gradient --------------------------------------------------------------------------------
+
+
+def test_queries_get_the_gradient_of_back_propagation_through_the_whole_sequence(config):
+    vino = Vino.load("random", Config.from_file(config))
+    encoder, world = vino.mm_encoder, train.ToyWorld(STAGES[3], vino.config, 0)
+    world.size = 32
+    batch = world.collate("tiv2v", [world.draw("tiv2v", 0, 0)], "cpu")
+    references = [vino.encode(reference) for reference in batch.references]
+    hidden, *_ = encoder.read(batch.prompts, references)
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    (cached,) = torch.autograd.grad((hidden * weights).sum(), encoder.metaquery)
+
+    prompt = build_prompt(encoder.tokenizer, batch.prompts[0], references, encoder.merge)
+    model, ids = encoder.mm_encoder.model.language_model, torch.tensor([prompt.ids])
+    pads = torch.tensor([encoder.tokenizer.token_to_id(pad) for pad in ("<|image_pad|>", "<|video_pad|>")])
+    where = torch.isin(ids, pads)
+    embeds = model.embed_tokens(ids).clone()
+    embeds[where] = torch.cat([r.features for r in references], 1).flatten(0, 1)
+    deepstack = [torch.cat(level, 1).flatten(0, 1) for level in zip(*[r.deepstack for r in references])]
+    queries = encoder.metaquery[None]
+    positions = prompt.positions[:, -1:] + torch.arange(queries.shape[1])
+    positions = torch.cat([prompt.positions, positions], 1)[:, None]
+    where = torch.nn.functional.pad(where, (0, queries.shape[1]))
+    full = encoder.penultimate(
+        torch.cat([embeds, queries], 1), positions, None, DynamicCache(), where, deepstack
+    )
+    (direct,) = torch.autograd.grad((full * weights).sum(), encoder.metaquery)
+    assert torch.allclose(cached, direct, rtol=1e-5, atol=1e-5 * direct.abs().max())
+
+
+# --- Manifests --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """A function that writes a manifest of 120 edits; changes: {line: other fields, or other text}."""
+    rng = np.random.default_rng(0)
+    for k, (height, width) in enumerate([(40, 40), (30, 60)]):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{k}.png")
+
+    def write(changes):
+        lines = [json.dumps({"task": "ti2i", "prompt": f"p{k}", "images": [f"{k % 2}.png"], "target": f"{k % 2}.png"})
+                 for k in range(120)]  # fmt: skip
+        for number, change in changes.items():
+            lines[number - 1] = (
+                change if isinstance(change, str) else json.dumps(json.loads(lines[number - 1]) | change)
+            )
+        (tmp_path / "data.jsonl").write_text("\n".join(lines))
+        return f"--data={tmp_path / 'data.jsonl'}"
+
+    return write
+
+
+def error_of(capsys, arguments):
+    """The one line with which main refuses."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert (
+        stopped.value.code == 2
+        and lines[-1].startswith("train.py: ")
+        and not any("Trace" in x for x in lines)
+    )
+    return lines[-1]
+
+
+def test_a_run_on_files_is_resumed_exactly_and_its_batches_hold_one_bucket(config, manifest, tmp_path):
+    data = manifest({})
+    whole, _ = run(config, tmp_path / "a", data, "--steps=4")
+    run(config, tmp_path / "b", data, "--steps=2")
+    again, _ = run(config, tmp_path / "b", data, "--steps=4", "--resume")
+    assert equal(whole.tensors(), again.tensors())
+    source, seen = whole.source, Counter()
+    for first in range(0, 120, 2):
+        pair = [source.draw("ti2i", first, index) for index in (first, first + 1)]
+        assert pair[0].bucket == pair[1].bucket
+        seen.update(item.prompt for item in pair)
+    assert len(seen) == 119 and max(seen.values()) <= 2  # one is held out; all others come up
+
+
+def test_frames_have_the_stages_area_at_their_own_aspect_ratio(config, tmp_path):
+    stage, rng = train.deepcopy(STAGES[2]), random.Random(0)
+    for framed in (True, False):
+        for _ in range(12):
+            height, width = rng.randint(200, 900), rng.randint(200, 900)
+            frames = np.zeros((1, height, width, 3), dtype=np.uint8)
+            h, w = train.fit(frames, stage.area, framed).shape[2:]
+            assert h % 16 == w % 16 == 0
+            exact = (stage.area * height / width) ** 0.5, (stage.area * width / height) ** 0.5
+            assert abs(h - exact[0]) <= 16 and abs(w - exact[1]) <= 16
+    imageio.imwrite(
+        tmp_path / "clip.mp4", np.zeros((15, 64, 64, 3), dtype=np.uint8), plugin="pyav", codec="libx264"
+    )
+    assert train.read_clip(tmp_path / "clip.mp4", 85).shape == (13, 64, 64, 3)
+    assert train.read_clip(tmp_path / "clip.mp4", 9).shape == (9, 64, 64, 3)
+
+
+@pytest.mark.parametrize("line, problem", [
+    ("{", "not JSON"), ("[1]", "not a JSON object"), ({"task": "t2x"}, "unknown task 't2x'"), ({"size": 3}, "'size'"),
+    ({"images": "0.png"}, "'images' should be a list"), ({"video": "0.mp4"}, "takes no video"),
+    ({"images": []}, "takes 1 to 1 images, not 0"), ('{"task": "t2i", "prompt": ""}', "'target' is missing"),
+])  # fmt: skip
+def test_a_broken_line_of_a_manifest_is_named(line, problem, config, manifest, tmp_path, capsys):
+    message = error_of(capsys, flags(config, tmp_path / "run", manifest({7: line})))
+    assert "data.jsonl, line 7: " in message and problem in message
+
+
+def test_an_unreadable_sample_is_reported_once_and_skipped_and_more_than_1_percent_stop(
+    config, manifest, tmp_path, capsys
+):
+    run(config, tmp_path / "a", manifest({3: {"target": "gone.png"}}), "--batch=30", "--steps=8")
+    told = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert len(told) == 1 and "line 3" in told[0] and "gone.png" in told[0]
+    (tmp_path / "empty.png").write_bytes(b"")
+    broken = manifest({3: {"target": "gone.png"}, 4: {"images": ["empty.png"]}})
+    message = error_of(capsys, flags(config, tmp_path / "b", broken, "--batch=30"))
+    assert "2 of 120 samples cannot be read, more than 1%" in message
+
+
+# --- Things that go wrong ---------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_ten_in_a_row_stop_the_run(
+    config, tmp_path, monkeypatch, capsys
+):
+    trainer = Trainer(parse_arguments(flags(config, tmp_path, "--steps=20")))
+    loss, good = trainer.objective.forward, 2
+    monkeypatch.setattr(
+        trainer.objective, "forward", lambda batch: loss(batch) * (1 if trainer.step <= good else math.nan)
+    )
+    monkeypatch.setattr(train, "Trainer", lambda args: trainer)
+    assert "not finite for the tenth time" in error_of(capsys, flags(config, tmp_path))
+    lines = records(tmp_path)
+    assert [r["skipped"] for r in lines] == [False] * 2 + [True] * 10 and lines[-1]["loss"] is None
+    short, _ = run(config, tmp_path / "short", "--steps=2")
+    assert equal(trainer.tensors(), short.tensors())
+    assert train.complete_checkpoints(tmp_path / "checkpoints")[-1].name == "step_00000012"
+
+
+def test_kill_during_a_save_leaves_the_checkpoint_before(config, tmp_path):
+    script = (f"import sys, os, signal; sys.path[:0] = [{str(HERE)!r}]; import train, torch\n"
+              "save = train.dcp.save\n"
+              "def dying(*args, **more):\n"
+              "    save(*args, **more)\n"
+              "    '00000004' in str(more['checkpoint_id']) and os.kill(os.getpid(), signal.SIGKILL)\n"
+              "train.dcp.save = dying\n"
+              f"train.main({flags(config, tmp_path, '--save-every=2')!r})")  # fmt: skip
+    assert (
+        subprocess.run([sys.executable, "-c", script], stderr=subprocess.DEVNULL).returncode
+        == -signal.SIGKILL
+    )
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000002", "step_00000004.partial"]
+    trainer = Trainer(parse_arguments(flags(config, tmp_path, "--resume")))
+    assert trainer.step == 2
+
+
+def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(config, tmp_path, capsys):
+    run(config, tmp_path, "--steps=2")
+    limits = train.resource.getrlimit(train.resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        train.resource.setrlimit(train.resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file may be larger
+        message = error_of(capsys, flags(config, tmp_path, "--resume", "--steps=4"))
+    finally:
+        train.resource.setrlimit(train.resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, old)
+    assert "cannot write" in message and "MiB free" in message
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    assert Trainer(parse_arguments(flags(config, tmp_path, "--resume"))).step == 2
+
+
+def test_a_signal_saves_and_stops_and_only_the_newest_checkpoints_stay(config, tmp_path):
+    trainer = Trainer(parse_arguments(flags(config, tmp_path, "--save-every=1", "--keep=2")))
+    draw = trainer.draw_task
+    trainer.draw_task = lambda: (trainer.step == 4 and os.kill(os.getpid(), signal.SIGTERM), draw())[1]
+    assert trainer.train() == 128 + signal.SIGTERM and trainer.step == 4
+    names = [path.name for path in train.complete_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step_00000003", "step_00000004"] and not (tmp_path / "final.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_the_name_of_the_field(config, tmp_path, capsys):
+    run(config, tmp_path, "--steps=1")
+    assert "holds a run" in error_of(capsys, flags(config, tmp_path))
+    assert "field 'stage' is 2, and 3 in" in error_of(capsys, flags(config, tmp_path, "--resume", stage=2))
+    assert "field 'num_queries' is 0, and 4" in error_of(
+        capsys, flags(config, tmp_path, "--resume", "--no-queries")
+    )
+    other = json.loads(config.read_text())
+    other["mmdit"]["num_layers"] = 2
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    message = error_of(capsys, flags(tmp_path / "other.json", tmp_path, "--resume"))
+    assert "field 'mmdit.num_layers' is 2, and 1 in" in message
+
+
+@pytest.mark.parametrize("switch", ["--no-queries", "--no-boundary-tokens"])
+def test_the_ablations_train_and_their_export_says_what_is_missing(switch, config, tmp_path):
+    run(config, tmp_path, switch, "--steps=2")
+    own = Vino.load(tmp_path / "final.safetensors").config
+    assert (own.num_queries, own.boundary_tokens) == ((0, True) if switch == "--no-queries" else (4, False))
+    Trainer(parse_arguments(flags(config, tmp_path, switch, "--resume")))
+
+
+# --- Toy world --------------------------------------------------------------------------------------------
+
+
+def toy(size=64, frames=9):
+    config = Config.from_file(HERE / "tiny_config.json")
+    config.sampling.frames = frames
+    stage = train.deepcopy(STAGES[3])
+    stage.area = size**2
+    return train.ToyWorld(stage, config, 0)
+
+
+def test_toy_samples_depend_on_their_number_only_and_a_steps_samples_have_one_layout():
+    world = toy()
+    for name, task in TASKS.items():
+        samples = [world.draw(name, 40, index) for index in range(40, 56)]
+        assert samples == [toy().draw(name, 40, index) for index in range(40, 56)]
+        assert len({s.prompt + str(s.target) for s in samples}) > 8, name
+        batch = world.collate(name, samples, "cpu")
+        assert batch.target.shape == (16, 3, 9 if task.clip else 1, 64, 64)
+        videos = [r.is_video for r in batch.references]
+        assert (
+            videos.count(False) in task.images
+            and videos.count(True) == task.video
+            and sorted(videos) == videos
+        )
+
+
+def test_toy_objects_keep_apart_inside_the_frame_in_their_flat_colours():
+    world = toy()
+    allowed = torch.tensor([*train.COLORS.values(), *train.BACKGROUNDS.values()])
+    for name, task in TASKS.items():
+        samples = [world.draw(name, 0, index) for index in range(24)]
+        for item in samples:
+            for time in (0, 0.5, 1) if task.clip else (0,):
+                for thing in item.target.objects:
+                    x, y, r = train.trace(thing, time)
+                    assert min(x, y, 64 - x, 64 - y) >= r - 1e-6, (name, item)
+        pixels = (
+            ((world.collate(name, samples, "cpu").target + 1) * 127.5).permute(0, 2, 3, 4, 1).reshape(-1, 3)
+        )
+        flat = (torch.cdist(pixels, allowed.float()).min(1).values < 0.6).float().mean()
+        assert flat > 0.9, name  # what is left are edges
+
+
+# --- Slow -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="SLOW=1 runs this: minutes on two cores")
+@pytest.mark.parametrize("task", TASKS)
+def test_over_fitting_one_batch_divides_its_loss_by_ten(task, tmp_path):
+    arguments = ["--stage=3", f"--out={tmp_path}", "--weights=random", "--batch=2", "--lr=2e-3", "--ema=0"]
+    trainer = Trainer(parse_arguments(arguments))
+    trainer.source.tasks = [task]
+    batch = trainer.source.collate(task, [trainer.source.draw(task, 0, index) for index in range(2)], "cpu")
+    losses = []
+    for step in range(200):
+        batch.keys = [(0, step % 4, number) for number in range(2)]
+        loss = trainer.objective(batch).mean()
+        loss.backward()
+        trainer.clip_gradients()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        losses.append(loss.item())
+    first, last = sum(losses[:4]) / 4, sum(losses[-4:]) / 4
+    print(f"\n{task}: loss {first:.3f} -> {last:.4f}, divided by {first / last:.0f}")
+    assert last < first / 10

@@ -281,8 +281,8 @@ def bicubic(frames, size):
 def bicubic_uint8(frames, size):
     """The same for uint8: width first, 16-bit weights, rounded after each axis.
 
-    This is torch's uint8 arithmetic on x86, which the release's image processor uses. It is written out because
-    torch rounds differently on other processors and in other versions.
+    This is torch's uint8 arithmetic on x86, which the release's image processor uses. It is written out
+    because torch rounds differently on other processors and in other versions.
     """
     x = frames.double()
     for length in (size[1], size[0]):
@@ -1208,8 +1208,8 @@ class Vino(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name != tied}
 
     def save(self, path, tensors=None):
-        """Write one `.safetensors`: weights (`tensors` instead of our own, if given), and in its metadata config and
-        tokenizer. The file gets its name when it is complete."""
+        """Write one `.safetensors`: our weights, or `tensors` in their place, and config and tokenizer in its
+        metadata. The file gets its name when it is complete."""
         tensors = tensors or self.saved_tensors()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         tokenizer, partial = self.mm_encoder.tokenizer.to_str(), Path(f"{path}.partial")
