@@ -19,6 +19,7 @@ import math
 import pickle
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -1157,11 +1158,8 @@ class Vino(nn.Module):
         Raises: InputError that names the file, and the tensor or field that is missing, surplus or misshapen.
         """
         if str(weights) == "random":
-            config = config or Config()
-            with torch.random.fork_rng(), torch.device(device):
-                torch.manual_seed(0)
-                return cls(config, byte_tokenizer()).to(device, dtype).eval()
-        if Path(weights).suffix == ".safetensors":
+            config, tokenizer, stream = config or Config(), byte_tokenizer(), None
+        elif Path(weights).suffix == ".safetensors":
             config, tokenizer = read_metadata(weights, config)
             stream = read_safetensors([weights], "", device)
         else:
@@ -1171,7 +1169,7 @@ class Vino(nn.Module):
             stream = read_public(vlm, base, ckpt, config, device)
         with torch.device("meta"):
             model = cls(config, tokenizer)
-        model.fill(stream, weights, device, dtype)
+        model.fill(stream or random_tensors(model.saved_tensors(), device, dtype), weights, device, dtype)
         return model.eval()
 
     def fill(self, stream, source, device, dtype):
@@ -1212,9 +1210,9 @@ class Vino(nn.Module):
         metadata. The file gets its name when it is complete."""
         tensors = tensors or self.saved_tensors()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        tokenizer, partial = self.mm_encoder.tokenizer.to_str(), Path(f"{path}.partial")
-        save_file(tensors, partial, {"config": json.dumps(asdict(self.config)), "tokenizer": tokenizer})
-        partial.replace(path)
+        tokenizer, unfinished = self.mm_encoder.tokenizer.to_str(), Path(f"{path}.partial")
+        save_file(tensors, unfinished, {"config": json.dumps(asdict(self.config)), "tokenizer": tokenizer})
+        unfinished.replace(path)
 
     @torch.no_grad()
     def encode(self, reference):
@@ -1281,6 +1279,20 @@ class Vino(nn.Module):
         shift = defaults.shift[kind] if shift is None else shift
         latents = sample(guided, noise, steps or defaults.steps, shift, progress)
         return self.vae.decode(latents).float()
+
+
+def random_tensors(expected, device, dtype):
+    """A stream for `Vino.fill`: matrices and kernels that keep the variance, norms of one, small biases."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(shape, mean, std):
+        return mean + std * torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    for name, tensor in expected.items():
+        if tensor.dim() > 1:
+            yield name, partial(draw, tensor.shape, 0.0, math.prod(tensor.shape[1:]) ** -0.5)
+        else:
+            yield name, partial(draw, tensor.shape, float(name.endswith("weight")), 0.02)
 
 
 def existing(path):
