@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -241,10 +242,9 @@ def letterbox(image, area):
     h, w = letterbox_size(*image.size, area)
     scale = min(w / image.width, h / image.height)
     inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    corner = ((w - inner[0]) // 2, (h - inner[1]) // 2)
     canvas = Image.new("RGB", (w, h), "white")
-    canvas.paste(
-        image.convert("RGB").resize(inner, Image.LANCZOS), ((w - inner[0]) // 2, (h - inner[1]) // 2)
-    )
+    canvas.paste(image.convert("RGB").resize(inner, Image.LANCZOS), corner)
     return canvas
 
 
@@ -316,9 +316,8 @@ def patchify(pixels, config):
     p, m, q = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     repeats = -pixels.shape[2] % q
     pixels = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, repeats, -1, -1)], dim=2)
-    x = (
-        pixels.unflatten(4, (-1, m, p)).unflatten(3, (-1, m, p)).unflatten(2, (-1, q))
-    )  # [B,3, t,q, h,m,p, w,m,p]
+    # [B, 3, T, H, W] -> [B, 3, t, q, h, m, p, w, m, p]
+    x = pixels.unflatten(4, (-1, m, p)).unflatten(3, (-1, m, p)).unflatten(2, (-1, q))
     grid = (x.shape[2], x.shape[4] * m, x.shape[7] * m)
     return x.permute(0, 2, 4, 7, 5, 8, 1, 3, 6, 9).flatten(6).flatten(1, 5).contiguous(), grid
 
@@ -1328,10 +1327,18 @@ def agree(ours, theirs, name, path):
         raise InputError(f"config and weights do not fit: field '{name}' is {ours}, and {theirs} in {path}")
 
 
+def download(name, files):
+    """The folder of a repository of the hub, with those of its files that match the patterns `files`."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise InputError(f"cannot download {name}: {' '.join(str(error).split())}") from error
+
+
 def locate(weights):
     """Folders of the VLM and of HunyuanVideo, and the path of vino.ckpt, downloaded first for "hub"."""
     if str(weights) == "hub":
-        vlm, base, vino = (Path(snapshot_download(name, allow_patterns=files)) for name, files in HUB.items())
+        vlm, base, vino = (download(name, files) for name, files in HUB.items())
         return vlm, base, vino / "vino.ckpt"
     folder = existing(weights)
     return [existing(folder / name) for name in ("Qwen3-VL-4B-Instruct", "HunyuanVideo", "vino.ckpt")]
