@@ -19,7 +19,6 @@ more processes, sees the same samples and the same noise, and the step is all of
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -35,7 +34,8 @@ from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import combinations, islice, product
+from functools import lru_cache
+from itertools import chain, combinations, count, islice, product
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -48,25 +48,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vino import Config, InputError, MMDiT, Reference, Vino
+from sample import read_image
 from vino import (
-    bicubic,
-    flow_loss,
-    letterbox,
-    normalize,
-    override,
-    patchify,
-    sample,
-    to_frames,
-    video_size,
-    vlm_size,
-)
+    Config, InputError, MMDiT, Reference, Vino, agree, bicubic, flow_loss, letterbox, normalize, override,
+    patchify, sample, to_frames, video_size, vlm_size,
+)  # fmt: skip
 
 HERE = Path(__file__).parent
 
@@ -96,37 +88,33 @@ class Stage:
 
 
 ALIGN, ALL = ["connectors", "learnable tokens"], ["connectors", "learnable tokens", "MMDiT"]
-# fmt: off
 STAGES = {
     1: Stage(lr=1e-4, betas=[0.9, 0.99], steps=20_000, ema=0.0,    area=320**2, shift=3.0, trainable=ALIGN),
     2: Stage(lr=4e-5, betas=[0.9, 0.95], steps=4_000,  ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
     3: Stage(lr=2e-5, betas=[0.9, 0.95], steps=16_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
-}
-# fmt: on
+}  # fmt: skip
 MODULES = {  # how the names of their parameters begin; the VLM and the VAE never train
-    "connectors": "mm_encoder.connector",
-    "learnable tokens": "mm_encoder.metaquery",
-    "MMDiT": "transformer.",
-}
+    "connectors": "mm_encoder.connector", "learnable tokens": "mm_encoder.metaquery", "MMDiT": "transformer.",
+}  # fmt: skip
 
 
 def make_stage(number, config, arguments):
     """Table 1's column, changed by the config's "training" section, then by the command line's arguments."""
-    stage, changes = deepcopy(STAGES[number]), {str(n): {} for n in STAGES}
+    stage = deepcopy(STAGES[number])
     stage.mixture = dict(MIXTURES[number])
-    for name in config.training:
-        if name not in changes:
-            raise InputError(f"config: unknown field 'training.{name}'; known here: {', '.join(changes)}")
+    check_known("config field", [f"training.{n}" for n in config.training], [f"training.{n}" for n in STAGES])
     override(stage, config.training.get(str(number), {}), f"training.{number}.")
     given = {f.name: arguments.get(f.name) for f in fields(Stage)}
     override(stage, {name: value for name, value in given.items() if value is not None}, "--")
-    for kind, known in (("mixture", TASKS), ("trainable", MODULES)):
-        for name in getattr(stage, kind):
-            if name not in known:
-                raise InputError(
-                    f"config: '{name}' in training.{number}.{kind} is none of {', '.join(known)}"
-                )
+    check_known("task", stage.mixture, TASKS)
+    check_known("module", stage.trainable, MODULES)
     return stage
+
+
+def check_known(what, names, known):
+    for name in names:
+        if name not in known:
+            raise InputError(f"unknown {what} '{name}'; known: {', '.join(known)}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -138,25 +126,26 @@ def make_stage(number, config, arguments):
 class Task:
     """What goes in and what comes out."""
 
+    script: str  # Teller's method that makes the toy world's samples
     images: tuple  # possible numbers of reference images
-    video: bool  # is there a reference video?
-    clip: bool  # is the target a clip?
+    video: bool = False  # is there a reference video?
+    clip: bool = False  # is the target a clip?
     framed: bool = False  # does the target lie on the last image, pixel for pixel?
 
 
 TASKS = {
-    "t2i": Task((0,), video=False, clip=False),
-    "t2v": Task((0,), video=False, clip=True),
-    "i2v": Task((1,), video=False, clip=True, framed=True),
-    "ti2i": Task((1,), video=False, clip=False, framed=True),  # an edit of the image
-    "ti2i_ref": Task((2, 3), video=False, clip=False, framed=True),  # of the last image, guided by the others
-    "ti2v": Task((1, 2, 3), video=False, clip=True),  # a clip of what the images show
-    "tv2v": Task((0,), video=True, clip=True),  # an edit of the video
-    "tiv2v": Task((1,), video=True, clip=True),  # an edit of the video, guided by the image
-    "motion": Task((1,), video=True, clip=True),  # the image's object moves as in the video
+    "t2i": Task("caption", (0,)),
+    "t2v": Task("caption", (0,), clip=True),
+    "i2v": Task("caption", (1,), clip=True, framed=True),
+    "ti2i": Task("edit", (1,), framed=True),  # an edit of the image
+    "ti2i_ref": Task("edit", (2, 3), framed=True),  # of the last image, guided by the others
+    "ti2v": Task("cast", (1, 2, 3), clip=True),  # a clip of what the images show
+    "tv2v": Task("edit", (0,), video=True, clip=True),  # an edit of the video
+    "tiv2v": Task("edit", (1,), video=True, clip=True),  # an edit of the video, guided by the image
+    "motion": Task("clone", (1,), video=True, clip=True),  # the image's object moves as in the video
     # Proxy tasks (appendix B): the image again, seen by the VLM only; image i of k again.
-    "reconstruction": Task((1,), video=False, clip=False, framed=True),
-    "selection": Task((2, 3), video=False, clip=False, framed=True),
+    "reconstruction": Task("copy", (1,), framed=True),
+    "selection": Task("copy", (2, 3), framed=True),
 }
 MIXTURES = {  # the shares are ours: figure 6 shows the paper's as a drawing only
     1: {"t2i": 0.4, "t2v": 0.4, "reconstruction": 0.2},
@@ -178,6 +167,7 @@ class Batch:
     references: list  # References of batch size B: images, then the video
     target: Tensor  # [B, 3, T, H, W] in [-1, 1]
     keys: list = field(default_factory=list)  # for each sample, what its noise and its dropout are drawn from
+    broken: list = field(default_factory=list)  # (line, problem) of unreadable samples that these replace
 
 
 def chance(*key):
@@ -208,13 +198,39 @@ def drop_conditions(batch, seed, step, short):
     return replace(batch, prompts=prompts, references=references)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 3. Toy world: samples of every task, made on the fly
-# ----------------------------------------------------------------------------------------------------------
+class Source(Dataset):
+    """What the toy world and a manifest share. `draw` makes a sample, `collate` makes a Batch of several."""
 
-# The toy world: coloured shapes on flat backgrounds, made on the fly. Scenes are drawn in Python from a seed,
+    def __init__(self, stage, config, seed):
+        self.stage, self.config, self.seed, self.tasks = stage, config, seed, list(stage.mixture)
+
+    def __getitem__(self, key):  # task, number of the first sample of the step, number of this sample
+        return self.draw(*key)
+
+    def loader(self, task, start, accumulate, workers):
+        """This process's endless samples of a task, one dataloader each (appendix B), from number `start` on:
+        for each step `accumulate` lists. Numbers do not depend on how many processes share a step."""
+
+        def keys():
+            for position in count(start, self.stage.batch * accumulate * world()):
+                for micro in range(accumulate):
+                    first = position + (micro * world() + rank()) * self.stage.batch
+                    yield [(task, position, index) for index in range(first, first + self.stage.batch)]
+
+        options = {"num_workers": workers, "worker_init_fn": ignore_interrupts}
+        return iter(DataLoader(self, batch_sampler=keys(), collate_fn=list, **options))
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C is for the main process, which finishes its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. Toy world: coloured shapes on flat backgrounds, made on the fly. Scenes are drawn in Python from a seed,
 # told in words and rendered in torch. Lengths are pixels of a 64-pixel frame; time runs from 0 (first frame)
 # to 1 (last). A target follows from text and references alone: what is not mentioned stays as it is shown.
+# ----------------------------------------------------------------------------------------------------------
 
 # fmt: off
 SHAPES = {  # signed distance from (±x, y) to the edge of a shape of radius r around (0, 0)
@@ -327,27 +343,22 @@ class Teller(random.Random):
             scene = self.scene(self.randint(1, (2 if clip else 3) - (kind == "add")), clip)
             (ground, [new]), (here, [*others, it]) = shown[number], scene
             cell = self.choice([cell for cell in CELLS if cell != it.cell])
-            target = {
-                "recolor": Scene(here, [*others, it._replace(color=new.color)]),
-                "replace": Scene(here, [*others, it._replace(color=new.color, shape=new.shape)]),
-                "add": Scene(here, [*others, it, new._replace(cell=cell, jitter=(0, 0))]),
-                "remove": Scene(here, others),
-                "background": Scene(ground, [*others, it]),
-                "move": Scene(here, [*others, it._replace(cell=cell, jitter=(0, 0))]),
-                "resize": Scene(here, [*others, it._replace(size=new.size)]),
-                "compose": Scene(here, [new]),
-            }[kind]
+            # fmt: off
+            target = {"recolor": Scene(here, [*others, it._replace(color=new.color)]),
+                      "replace": Scene(here, [*others, it._replace(color=new.color, shape=new.shape)]),
+                      "add": Scene(here, [*others, it, new._replace(cell=cell, jitter=(0, 0))]),
+                      "remove": Scene(here, others),
+                      "background": Scene(ground, [*others, it]),
+                      "move": Scene(here, [*others, it._replace(cell=cell, jitter=(0, 0))]),
+                      "resize": Scene(here, [*others, it._replace(size=new.size)]),
+                      "compose": Scene(here, [new])}[kind]
+            # fmt: on
             if is_clear(target.objects) and target not in [scene, *shown]:
                 break
         color = f"{it.color} " if any(item.shape == it.shape for item in others) else f"[{it.color} |]"
-        text = edits[kind].format(
-            it=f"the {color}{it.shape}",
-            base="Video 1" if clip else f"Image {images}",
-            donor=f"Image {number + 1}",
-            new=new,
-            ground=ground,
-            cell=cell,
-        )
+        base, donor = "Video 1" if clip else f"Image {images}", f"Image {number + 1}"
+        it = f"the {color}{it.shape}"
+        text = edits[kind].format(it=it, base=base, donor=donor, new=new, ground=ground, cell=cell)
         video, shown = (scene, shown[:donors]) if clip else (None, [*shown[:donors], scene])
         return Sample(kind, self.say(text), self.say(text, short=True), shown, video, target)
 
@@ -362,10 +373,9 @@ class Teller(random.Random):
             objects = [objects[0]._replace(cell=start or "center")]
             told = f"The {names[0]} {does}"
         elif len(objects) == 2 and start in ("top", "bottom"):
-            objects = [
-                objects[0]._replace(cell=f"{start} right"),
-                objects[1]._replace(cell="left", motion="standing still"),
-            ]
+            first, second = objects
+            second = second._replace(cell="left", motion="standing still")
+            objects = [first._replace(cell=f"{start} right"), second]
             told = f"The {names[0]} {does} beside the {names[1]}"
         shown = [self.scene(1) for _ in range(images)]
         for number, item in zip(order, objects):
@@ -394,24 +404,15 @@ class Teller(random.Random):
         return Sample("", text, text, shown, None, shown[number])
 
 
-SCRIPTS = {"ti2v": Teller.cast, "motion": Teller.clone}  # how the samples of a task are told
-SCRIPTS |= dict.fromkeys(["t2i", "t2v", "i2v"], Teller.caption)
-SCRIPTS |= dict.fromkeys(["ti2i", "ti2i_ref", "tv2v", "tiv2v"], Teller.edit)
-SCRIPTS |= dict.fromkeys(["reconstruction", "selection"], Teller.copy)
-
-
-class ToyWorld:
+class ToyWorld(Source):
     """A source of samples that needs no files and has no end."""
-
-    def __init__(self, stage, config, seed):
-        self.stage, self.config, self.seed, self.tasks = stage, config, seed, list(stage.mixture)
-        self.size = max(16, round(math.sqrt(stage.area) / 16) * 16)
 
     def draw(self, task, position, index):
         """Sample `index` of a task, as scenes. How many images it has depends only on `position`, where the
         step begins: all samples of a step have one layout."""
         images = chance(self.seed, task, "images", position).choice(TASKS[task].images)
-        return SCRIPTS[task](Teller(f"{self.seed} {task} {index}"), images, TASKS[task].clip)
+        script = getattr(Teller(f"{self.seed} {task} {index}"), TASKS[task].script)
+        return script(images, TASKS[task].clip)
 
     def collate(self, task, samples, device):
         """Samples -> Batch: draws their scenes, on the device."""
@@ -426,23 +427,20 @@ class ToyWorld:
 
     def render(self, scenes, frames, device):
         """B scenes -> [B, 3, T, H, W] in [-1, 1]. Objects do not overlap, so each adds its own difference."""
+        size = max(16, round(math.sqrt(self.stage.area) / 16) * 16)
         # The copies do not block: that would wait for all the work that the device still has to do.
         ground = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32)
         ground = ground.to(device, non_blocking=True)[..., None, None, None]  # [B, 3, 1, 1, 1]
-        canvas = ground.repeat(1, 1, frames, self.size, self.size)
+        canvas = ground.repeat(1, 1, frames, size, size)
         time = torch.linspace(0, 1, frames, device=device)[:, None, None]
-        pixel = torch.arange(self.size, device=device) + 0.5
+        pixel = torch.arange(size, device=device) + 0.5
+        items = [(b, item) for b, scene in enumerate(scenes) for item in scene.objects]
         for shape, edge in SHAPES.items():
-            rows = [
-                [b, *COLORS[item.color], *trace(item, 0), *trace(item, 1)]
-                for b, scene in enumerate(scenes)
-                for item in scene.objects
-                if item.shape == shape
-            ]
+            rows = [[b, *COLORS[i.color], *trace(i, 0), *trace(i, 1)] for b, i in items if i.shape == shape]
             rows = torch.tensor(rows, dtype=torch.float32).to(device, non_blocking=True)
             index, color, start, end = rows.view(-1, 10, 1, 1, 1).split([1, 3, 3, 3], dim=1)
             index = index.flatten().long()  # [N] of one shape
-            x, y, r = (torch.lerp(start, end, time) * self.size / 64).unbind(1)  # each [N, T, 1, 1]
+            x, y, r = (torch.lerp(start, end, time) * size / 64).unbind(1)  # each [N, T, 1, 1]
             coverage = (0.5 - edge((pixel - x).abs(), pixel[:, None] - y, r)).clamp(0, 1)  # [N, T, H, W]
             canvas.index_add_(0, index, coverage[:, None] * (color - ground[index]))
         return canvas / 127.5 - 1
@@ -467,57 +465,53 @@ UNREADABLE = (OSError, ValueError)  # what Pillow, PyAV and vino raise at a bad 
 
 
 @dataclass
-class Item:
-    """A sample of a manifest, decoded."""
+class Entry:
+    """A line of a manifest; paths are relative to the manifest."""
 
-    prompt: str
-    short_prompt: str
-    references: list  # References of batch size 1
-    target: Tensor  # uint8 [T, 3, H, W]
-    broken: list = field(default_factory=list)  # (line, problem) of unreadable samples that this one replaces
-
-    @property
-    def bucket(self):
-        """What the samples of a batch have in common."""
-        return self.target.shape, tuple((r.pixels.shape, r.grid) for r in self.references)
+    task: str = ""
+    prompt: str = ""
+    target: str = ""
+    short_prompt: str = ""  # by default the prompt
+    images: list = field(default_factory=list)
+    video: str = ""
+    line = 0  # its number; not a field
 
 
-class Manifest:
-    """A source of samples: a JSON-lines file with one sample a line, paths relative to it:
-    {"task", "prompt", "short_prompt"?, "images"?: [paths], "video"?: path, "target": path}"""
+class Manifest(Source):
+    """Samples from files: JSON lines, one sample a line, with the fields of Entry."""
 
     def __init__(self, path, stage, config, seed):
-        self.path, self.stage, self.config, self.seed = Path(path), stage, config, seed
+        super().__init__(stage, config, seed)
+        self.path, self.held, self.buckets = Path(path), {}, {}
         entries = read_manifest(self.path, config.sampling.max_images)
-        self.count, self.held, self.buckets, self.orders = len(entries), {}, {}, {}
+        self.count = len(entries)
         for task in stage.mixture:
-            own = [entry for entry in entries if entry["task"] == task]
-            held = min(VALIDATION, math.ceil(len(own) / 100)) if len(own) > 1 else 0  # kept for validation
+            own = [entry for entry in entries if entry.task == task]
+            held = min(VALIDATION, math.ceil(len(own) / 100), len(own) - 1)
             if own:
-                self.held[task] = own[len(own) - held :] or own
-                self.buckets[task] = self.sort(own[: len(own) - held])
-
-    @property
-    def tasks(self):
-        return list(self.buckets)
+                self.held[task] = own[:held] or own  # for validation
+                self.buckets[task] = self.sort(own[held:])
+        self.tasks = list(self.buckets)
 
     def sort(self, entries):
         """Entries by bucket. A local batch of 1 does not need it; else each sample is opened once, here."""
         if self.stage.batch == 1:
             return [entries]
+
+        def bucket_of(entry):
+            try:
+                one = self.load(entry)
+                return one.target.shape, *[(r.pixels.shape, r.grid) for r in one.references]
+            except UNREADABLE:
+                return None
+
         buckets = defaultdict(list)
         with ThreadPoolExecutor() as pool:
-            for entry, bucket in zip(entries, pool.map(self.bucket_of, entries)):
+            for entry, bucket in zip(entries, pool.map(bucket_of, entries)):
                 buckets[bucket].append(entry)
         unreadable = buckets.pop(None, [])  # any bucket will do: `draw` replaces and reports them there
         first, *others = buckets.values() or [[]]
         return [first + unreadable, *others]
-
-    def bucket_of(self, entry):
-        try:
-            return self.load(entry).bucket
-        except UNREADABLE:
-            return None
 
     def draw(self, task, position, index):
         """Sample `index` of a task's endless stream; negative ones are for validation. An unreadable sample
@@ -533,97 +527,91 @@ class Manifest:
             try:
                 return replace(self.load(entry), broken=broken)
             except UNREADABLE as error:
-                broken.append((entry["line"], " ".join(str(error).split())))
+                broken.append((entry.line, one_line(error)))
         line, problem = broken[0]
         raise InputError(f"{self.path}: no sample of '{task}' can be read (line {line}: {problem})")
 
+    @lru_cache(maxsize=len(TASKS))  # every task's present epoch
     def order(self, task, epoch):
         """An epoch's samples, as (bucket, place in it): batches of neighbours from one bucket, in random
         order. A bucket's last batch is filled up with its first samples."""
-        if self.orders.get(task, (None,))[0] != epoch:
-            rng, batches, size = chance(self.seed, task, "epoch", epoch), [], self.stage.batch
-            for bucket in self.buckets[task]:
-                bucket = rng.sample(bucket, len(bucket))
-                for start in range(0, len(bucket), size):
-                    batches.append([(bucket, k % len(bucket)) for k in range(start, start + size)])
-            rng.shuffle(batches)
-            self.orders[task] = epoch, list(itertools.chain(*batches))
-        return self.orders[task][1]
+        rng, batches, size = chance(self.seed, task, "epoch", epoch), [], self.stage.batch
+        for bucket in self.buckets[task]:
+            bucket = rng.sample(bucket, len(bucket))
+            for start in range(0, len(bucket), size):
+                batches.append([(bucket, k % len(bucket)) for k in range(start, start + size)])
+        rng.shuffle(batches)
+        return list(chain(*batches))
 
     def load(self, entry):
-        """Decode a line -> Item: everything at the stage's area and its own aspect ratio, frames 4k + 1."""
-        area, vision, task = self.stage.area, self.config.vision, TASKS[entry["task"]]
-        references = [Reference.image(Image.open(path), area, vision) for path in entry["images"]]
+        """Decode a line -> Batch of one, at the stage's area and its own aspect ratio, with 4k + 1 frames."""
+        area, vision, task, folder = self.stage.area, self.config.vision, TASKS[entry.task], self.path.parent
+        references = [Reference.image(read_image(folder / path), area, vision) for path in entry.images]
         room = self.config.sampling.frames, self.stage.latent_frames
         frames = frames_that_fit(*room, len(references), task.video)
-        target = read_clip(entry["target"], frames) if task.clip else read_image(entry["target"])
+        if task.clip:
+            target = read_clip(folder / entry.target, frames)
+        else:
+            target = np.asarray(read_image(folder / entry.target))[None]
         if task.video:  # both its readers see as much of the video as the target is long
-            video = read_clip(entry["video"], len(target))
+            video = read_clip(folder / entry.video, len(target))
             target = target[: len(video)]
             references.append(Reference.video(video, frames, vision, area))
-        return Item(entry["prompt"], entry["short_prompt"], references, fit(target, area, task.framed))
+        target = normalize(fit(target, area, task.framed))
+        return Batch(entry.task, [entry.prompt], [entry.short_prompt or entry.prompt], references, target)
 
-    def collate(self, task, items, device):
-        """Items of one bucket -> Batch."""
+    def collate(self, task, ones, device):
+        """Batches of one, all from one bucket -> Batch."""
         references = []
-        for same in zip(*[item.references for item in items]):
-            pixels, patches = (torch.cat(parts) for parts in zip(*[(r.pixels, r.patches) for r in same]))
+        for same in zip(*[one.references for one in ones]):
+            pixels, patches = torch.cat([r.pixels for r in same]), torch.cat([r.patches for r in same])
             references.append(replace(same[0], pixels=pixels, patches=patches))
-        target = torch.cat([normalize(item.target.to(device)) for item in items])
-        return Batch(task, [i.prompt for i in items], [i.short_prompt for i in items], references, target)
+        texts = [one.prompts[0] for one in ones], [one.short_prompts[0] for one in ones]
+        target = torch.cat([one.target for one in ones]).to(device)
+        broken = list(chain(*[one.broken for one in ones]))
+        return Batch(task, *texts, references, target, broken=broken)
 
 
 def read_manifest(path, max_images):
-    """The manifest's lines as dictionaries, with whole paths. An InputError names the first wrong line."""
+    """The lines of a manifest as Entries. An InputError names the first wrong one."""
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UNREADABLE as error:
+        raise InputError(f"cannot read {path}: {error}") from error
     entries = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                entry = json.loads(line)
+                entries.append(read_entry(json.loads(line), max_images))
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
-            problem = problem_of(entry, max_images)
-            if problem:
-                raise InputError(f"{path}, line {number}: {problem}")
-            entry = {"short_prompt": entry["prompt"], "images": [], "video": "", "line": number} | entry
-            entry["images"] = [path.parent / image for image in entry["images"]]
-            entries.append(entry | {name: path.parent / entry[name] for name in ("video", "target")})
+            except InputError as error:
+                raise InputError(f"{path}, line {number}: {str(error).removeprefix('config: ')}") from error
+            entries[-1].line = number
     return entries
 
 
-def problem_of(entry, max_images):
-    """What is wrong with a line of a manifest, or None."""
-    text = ("task", "prompt", "target", "short_prompt", "video")
-    if not isinstance(entry, dict):
-        return "not a JSON object"
-    missing = [name for name in text[:3] if name not in entry]
-    if missing:
-        return f"'{missing[0]}' is missing"
-    for name, value in entry.items():
-        if name not in (*text, "images"):
-            return f"unknown field '{name}'; known: {', '.join(text)}, images"
-        if not isinstance(value, list if name == "images" else str):
-            return f"'{name}' should be {'a list of paths' if name == 'images' else 'text'}"
-    images = entry.get("images", [])
-    if not all(isinstance(image, str) for image in images):
-        return "'images' should be a list of paths"
-    if entry["task"] not in TASKS:
-        return f"unknown task '{entry['task']}'; known: {', '.join(TASKS)}"
-    task = TASKS[entry["task"]]
-    most = max_images if max(task.images) > 1 else max(task.images)
-    if not min(task.images) <= len(images) <= most:
-        return f"'{entry['task']}' takes {min(task.images)} to {most} images, not {len(images)}"
-    if task.video != ("video" in entry):
-        return f"'{entry['task']}' {'needs a' if task.video else 'takes no'} video"
-    return None
+def read_entry(given, max_images):
+    """A manifest's line as an Entry, if it has what its task needs."""
+    entry = Entry()
+    override(entry, given, "")
+    for name in ("task", "prompt", "target"):
+        if name not in given:
+            raise InputError(f"'{name}' is missing")
+    check_known("task", [entry.task], TASKS)
+    if not all(isinstance(image, str) for image in entry.images):
+        raise InputError("'images' should be a list of paths")
+    task = TASKS[entry.task]
+    least, most = min(task.images), max_images if max(task.images) > 1 else max(task.images)
+    if not least <= len(entry.images) <= most:
+        raise InputError(f"'{entry.task}' takes {least} to {most} images, not {len(entry.images)}")
+    if task.video != bool(entry.video):
+        raise InputError(f"'{entry.task}' {'needs a' if task.video else 'takes no'} video")
+    return entry
 
 
-def read_image(path):  # -> uint8 [1, H, W, 3]
-    return np.asarray(Image.open(path).convert("RGB"))[None]
+def one_line(error):
+    return " ".join(str(error).split())
 
 
 def read_clip(path, frames):  # -> uint8 [T, H, W, 3], T = 4k + 1 up to `frames`
@@ -641,34 +629,6 @@ def fit(frames, area, framed):
     size = video_size(frames.shape[2], frames.shape[1], area)
     frames = bicubic(to_frames(frames).float(), size).round().clamp(0, 255).to(torch.uint8)
     return frames[..., : frames.shape[2] // 16 * 16, : frames.shape[3] // 16 * 16]
-
-
-class Stream(Dataset):
-    """A task's endless samples from a source, toy world or manifest: a dataloader for each task (app. B)."""
-
-    def __init__(self, source, task):
-        self.source, self.task = source, task
-
-    def __getitem__(self, key):  # (number of the first sample of the step, number of this sample)
-        return self.source.draw(self.task, *key)
-
-    def loader(self, start, batch, accumulate, workers):
-        """This process's samples from number `start` on: for each step `accumulate` lists of `batch`. Numbers
-        do not depend on how many processes share a step."""
-
-        def keys():
-            for position in itertools.count(start, batch * accumulate * world()):
-                for micro in range(accumulate):
-                    first = position + (micro * world() + rank()) * batch
-                    yield [(position, index) for index in range(first, first + batch)]
-
-        options = {"num_workers": workers, "worker_init_fn": ignore_interrupts}
-        return iter(DataLoader(self, batch_sampler=keys(), collate_fn=list, **options))
-
-
-def ignore_interrupts(worker):
-    """Ctrl-C is for the main process, which finishes its step first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -689,41 +649,33 @@ def draw_noise(keys, shape):
 class Objective(nn.Module):
     """From a batch to its losses. DDP or FSDP wraps this module: only inside it are sharded weights whole."""
 
-    def __init__(self, vino, shift, autocast=None):
+    def __init__(self, vino, shift):
         super().__init__()
-        self.vino, self.shift, self.autocast = vino, shift, autocast
+        self.vino, self.shift = vino, shift
+        self.autocast = None  # bfloat16 over float32 weights, where FSDP does not see to it
 
-    def prepare(self, batch):
-        """Target latents (the posterior's mean), uniform times, noise and Condition. Reconstruction bypasses
-        the VAE: the MMDiT has to find the image in what the VLM says (appendix B)."""
-        with torch.no_grad():
-            data = self.vino.vae.encode(batch.target).float()
-        u, noise = (x.to(data.device) for x in draw_noise(batch.keys, data.shape[1:]))
-        references = [self.vino.encode(reference) for reference in batch.references]
-        through_vae = batch.task != "reconstruction"
-        return data, u, noise, self.vino.mm_encoder(batch.prompts, references, vae_branch=through_vae)
+    def forward(self, batch, picture_steps=0):
+        """Rectified flow on the target's tokens -> the loss of each sample, [B]. With `picture_steps`: what
+        the model makes of the conditions, without guidance -> pixels [B, 3, T, H, W]."""
+        with torch.autocast(batch.target.device.type, self.autocast, enabled=self.autocast is not None):
+            with torch.no_grad():
+                data = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
+                references = [self.vino.encode(reference) for reference in batch.references]
+            u, noise = (x.to(data.device) for x in draw_noise(batch.keys, data.shape[1:]))
+            # Reconstruction bypasses the VAE: the MMDiT has to find the image in what the VLM says.
+            vae_branch = batch.task != "reconstruction"
+            condition = self.vino.mm_encoder(batch.prompts, references, vae_branch)
 
-    def mixed(self, batch):
-        """bfloat16 over float32 weights, where FSDP does not see to it."""
-        return torch.autocast(batch.target.device.type, self.autocast, enabled=self.autocast is not None)
+            def velocity(x, t):
+                return self.vino.velocity(x, t, condition)
 
-    def forward(self, batch):
-        """Rectified flow on the target's tokens -> the loss of each sample, [B]."""
-        with self.mixed(batch):
-            data, u, noise, condition = self.prepare(batch)
-            return flow_loss(lambda x, t: self.vino.velocity(x, t, condition), data, noise, u, self.shift)
-
-    @torch.no_grad()
-    def picture(self, batch, steps):
-        """What the model makes of the batch's conditions, without guidance -> pixels [B, 3, T, H, W]."""
-        with self.mixed(batch):
-            _, _, noise, condition = self.prepare(batch)
-            latents = sample(lambda x, t: self.vino.velocity(x, t, condition), noise, steps, self.shift)
-            return self.vino.vae.decode(latents).float()
+            if picture_steps:
+                return self.vino.vae.decode(sample(velocity, noise, picture_steps, self.shift)).float()
+            return flow_loss(velocity, data, noise, u, self.shift)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 6. Many GPUs (3.1): what trains, and where it is kept
+# 6. Many GPUs (3.1): DDP, ZeRO-2, FSDP
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -735,15 +687,6 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def set_trainable(vino, names):
-    """Table 1's last row; everything else is frozen."""
-    prefixes = tuple(MODULES[name] for name in names)
-    for name, parameter in vino.named_parameters():
-        unused = name.startswith("transformer." + MMDiT.UNUSED)
-        nothing = parameter.numel() == 0  # the queries, in the ablation without
-        parameter.requires_grad_(name.startswith(prefixes) and not unused and not nothing)
-
-
 def to_masters(module):
     """float32 for what trains. What is frozen stays in the type that it computes in."""
     for parameter in module.parameters():
@@ -751,33 +694,28 @@ def to_masters(module):
             parameter.data = parameter.data.float()
 
 
-def blocks_of(vino):
-    return [*vino.transformer.transformer_blocks, *vino.transformer.single_transformer_blocks]
-
-
-def distribute(objective, how, dtype):
+def distribute(objective, blocks, how, dtype):
     """The module to call in training.
 
-    Args: how: "ddp"; "zero2", the paper's, where weights stay whole from forward to backward, and gradients,
-    averages and AdamW's state are sharded; or "fsdp", where weights are gathered anew for the backward."""
+    Args: blocks of the MMDiT. how: "ddp"; "zero2", the paper's, where weights stay whole from forward to
+    backward, and gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered
+    anew for the backward."""
     if how == "ddp" or not dist.is_initialized():
+        objective.autocast = None if dtype == torch.float32 else dtype
         to_masters(objective)
-        if world() == 1:
-            return objective
         # A task without references leaves one connector unused.
-        return DistributedDataParallel(objective, broadcast_buffers=False, find_unused_parameters=True)
+        options = {"broadcast_buffers": False, "find_unused_parameters": True}
+        return DistributedDataParallel(objective, **options) if world() > 1 else objective
     mesh = init_device_mesh(next(objective.parameters()).device.type, (world(),))
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": how == "fsdp"}
-    for block in blocks_of(objective.vino):
+    for block in blocks:
         to_masters(block)  # one by one: all of them in float32 at once need not fit
         fully_shard(block, **options)
     to_masters(objective)
     unsharded = {*objective.vino.mm_encoder.mm_encoder.parameters(), *objective.vino.vae.parameters()}
     unsharded |= {parameter for parameter in objective.parameters() if parameter.numel() == 0}
-    fully_shard(objective, **options, ignored_params=unsharded)
-    register_fsdp_forward_method(objective, "picture")
-    return objective
+    return fully_shard(objective, **options, ignored_params=unsharded)
 
 
 def local(tensor):
@@ -815,10 +753,9 @@ def write_checkpoint(folder, step, tensors, state, keep):
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
     except (OSError, RuntimeError, CheckpointException) as error:
-        free, reason = shutil.disk_usage(final.anchor).free >> 20, " ".join(str(error).split())[-200:]
         shutil.rmtree(partial, ignore_errors=True)
-        told = f"cannot write {final} ({free} MiB free): {reason}; older checkpoints stay"
-        raise InputError(told) from error
+        free, reason = shutil.disk_usage(folder.parent).free >> 20, one_line(error)[-200:]
+        raise InputError(f"cannot write {final} ({free} MiB free): {reason}; older ones stay") from error
     if rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -829,16 +766,6 @@ def write_checkpoint(folder, step, tensors, state, keep):
 def complete_checkpoints(folder):
     """Oldest first. A save that was cut short has another name."""
     return sorted(folder.glob("step_????????"))
-
-
-def check_identity(ours, theirs, path):
-    """Name the first field in which a run and the checkpoint that it should continue differ."""
-    for name, value in ours.items():
-        if isinstance(value, dict):
-            inner = ({f"{name}.{key}": x for key, x in both.items()} for both in (value, theirs[name]))
-            check_identity(*inner, path)
-        elif value != theirs.get(name):
-            raise InputError(f"cannot resume: field '{name}' is {value}, and {theirs.get(name)} in {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -873,27 +800,25 @@ def contact_sheet(rows):
 
 def loss_curves(records, width=900, height=500):
     """A picture of each task's training loss: running means over a fiftieth of its steps, on a log scale."""
-    curves = {}
-    for task in sorted({record["task"] for record in records}):
-        steps, losses = np.array([(r["step"], r["loss"]) for r in records if r["task"] == task]).T
-        window = math.ceil(len(losses) / 50)
-        curves[task] = steps[window - 1 :], np.convolve(np.log10(losses), np.ones(window) / window, "valid")
-    steps, losses = (np.concatenate(part) for part in zip(*curves.values()))
-    last, low, high = steps.max(), losses.min() - 0.02, losses.max() + 0.02
     picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
+    draw, last = ImageDraw.Draw(picture), records[-1]["step"]
+    losses = np.log10([record["loss"] for record in records])
+    low, high = losses.min() - 0.02, losses.max() + 0.02
 
-    def down(y):
-        return (high - y) / (high - low) * (height - 40) + 10
+    def points(steps, losses):
+        return [*zip(60 + steps / last * (width - 70), (high - losses) / (high - low) * (height - 40) + 10)]
 
     for tick in np.linspace(low, high, 6):
-        draw.line([(60, down(tick)), (width, down(tick))], fill="lightgray")
-        draw.text((5, down(tick) - 6), f"{10**tick:.3g}", fill="black")
-    draw.text((60, height - 18), f"loss, step 1 to {last:.0f}", fill="black")
-    for number, (task, (steps, losses)) in enumerate(curves.items()):
-        color = f"hsl({number * 360 // len(curves)}, 80%, 40%)"
-        right = 60 + steps / last * (width - 70)
-        draw.line([*zip(right.tolist(), down(losses).tolist())], fill=color, width=2)
+        left, right = points(np.array([0, last]), np.array([tick, tick]))
+        draw.line([left, right], fill="lightgray")
+        draw.text((5, left[1] - 6), f"{10**tick:.3g}", fill="black")
+    draw.text((60, height - 18), f"loss, step 1 to {last}", fill="black")
+    tasks = sorted({record["task"] for record in records})
+    for number, task in enumerate(tasks):
+        steps, losses = np.array([(r["step"], np.log10(r["loss"])) for r in records if r["task"] == task]).T
+        window, color = math.ceil(len(losses) / 50), f"hsl({number * 360 // len(tasks)}, 80%, 40%)"
+        means = np.convolve(losses, np.ones(window) / window, "valid")
+        draw.line(points(steps[window - 1 :], means), fill=color, width=2)
         draw.text((width - 110, 12 + 14 * number), task, fill=color)
     return picture
 
@@ -927,8 +852,7 @@ class Trainer:
     def __init__(self, args):
         self.args, self.out = args, Path(args.out or f"runs/stage{args.stage}")
         self.device, self.dtype = start_device(args.dtype)
-        self.folder = self.out / "checkpoints"
-        found = complete_checkpoints(self.folder)[-1:]
+        found = complete_checkpoints(self.out / "checkpoints")[-1:]
         if found and not args.resume:
             raise InputError(f"{self.out} holds a run: continue it with --resume, or choose another --out")
         saved = json.loads((found[0] / "state.json").read_text()) if found else {}
@@ -942,25 +866,26 @@ class Trainer:
             names = ", ".join(self.stage.mixture)
             raise InputError(f"{args.data} has no sample of stage {args.stage}'s tasks ({names})")
         self.set_up()
-        self.step, self.failed, self.broken, self.signal = 0, 0, {}, 0
-        self.drawn, self.streams = dict.fromkeys(self.tasks, 0), {}
+        self.step, self.failed, self.broken, self.signal = 0, 0, {}, 0  # broken: {line: problem} in --data
+        self.drawn, self.streams = dict.fromkeys(self.tasks, 0), {}  # for each task: samples used, its loader
         if found:
             self.restore(found[0], saved)
-        elif args.resume:
-            say(f"no checkpoint in {self.folder} yet: starting at step 1")
-        tasks = ", ".join(self.tasks)
-        say(f"stage {args.stage} on {world()} x {self.device.type}, from {self.weights}: {tasks}")
+        run = f"stage {args.stage} on {world()} x {self.device.type}: {', '.join(self.tasks)}"
+        say(f"{run}; from {found[0] if found else self.weights}")
 
     def set_up(self):
         """The module to train, its parameters by name, AdamW, and the averaged weights."""
-        args, stage = self.args, self.stage
-        set_trainable(self.vino, stage.trainable)
-        self.vino.transformer.checkpointing = stage.checkpointing
-        for block in blocks_of(self.vino) if args.compile else ():
+        args, stage, transformer = self.args, self.stage, self.vino.transformer
+        prefixes = tuple(MODULES[name] for name in stage.trainable)
+        for name, p in self.vino.named_parameters():  # table 1's last row; the ablated queries are empty
+            unused = name.startswith("transformer." + MMDiT.UNUSED) or p.numel() == 0
+            p.requires_grad_(name.startswith(prefixes) and not unused)
+        transformer.checkpointing = stage.checkpointing
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        for block in blocks if args.compile else ():
             block.compile()
-        mixed = self.dtype != torch.float32 and (args.shard == "ddp" or not dist.is_initialized())
-        self.objective = Objective(self.vino, stage.shift, self.dtype if mixed else None)
-        self.model = distribute(self.objective, args.shard, self.dtype)
+        self.objective = Objective(self.vino, stage.shift)
+        self.model = distribute(self.objective, blocks, args.shard, self.dtype)
         self.parameters = {name: p for name, p in self.vino.named_parameters() if p.requires_grad}
         rule = {"lr": stage.lr, "betas": stage.betas, "weight_decay": stage.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), **rule)
@@ -984,7 +909,7 @@ class Trainer:
                 last = self.step == self.stage.steps
                 if last or stop or self.step % self.args.save_every == 0:
                     self.save()
-                if self.failed == 10:
+                if self.failed >= 10:
                     advice = "stopped after a checkpoint; try a lower --lr, or --dtype float32"
                     raise InputError(f"step {self.step}: not finite for the tenth time in a row; {advice}")
                 if stop:
@@ -997,15 +922,15 @@ class Trainer:
         return 0
 
     def one_step(self, bar):
-        """One step, of one task in all processes. True if the run has to stop."""
+        """One step, of one task in all processes (appendix B). True if the run has to stop."""
         begin, self.step = time.perf_counter(), self.step + 1
         task, loss, broken = self.draw_task(), 0.0, []
-        samples = self.stage.batch * self.args.accumulate * world()
         for micro in range(self.args.accumulate):
-            batch, unreadable = self.next_batch(task, micro)
+            batch = self.next_batch(task, micro)
             part = self.model(batch).mean() / self.args.accumulate
             part.backward()  # DDP and FSDP average over the processes
-            loss, broken = loss + part.detach(), broken + unreadable
+            loss, broken = loss + part.detach(), broken + batch.broken
+        samples = self.stage.batch * self.args.accumulate * world()
         self.drawn[task] += samples
         norm = self.clip_gradients()
         loss, signals, unreadable = sums(float(loss) / world(), self.signal, len(broken))
@@ -1018,13 +943,13 @@ class Trainer:
         if unreadable:
             self.report(broken)
         seconds, mib = time.perf_counter() - begin, peak_memory(self.device)
-        record = {"loss": loss, "grad_norm": norm} if finite else {"loss": None, "grad_norm": None}
-        record |= {"lr": self.stage.lr, "samples": samples, "seconds": seconds, "peak_mib": mib}
-        self.log({"step": self.step, "task": task, "skipped": not finite, **record})
+        record = {"step": self.step, "task": task, "skipped": not finite, "lr": self.stage.lr}
+        record |= {"loss": loss, "grad_norm": norm} if finite else {"loss": None, "grad_norm": None}
+        self.log(record | {"samples": samples, "seconds": seconds, "peak_mib": mib})
         speed = f"{samples / seconds:.1f} samples/s, {mib / 1024:.1f} GiB"
         bar.set_postfix_str(f"{task} loss {loss:.4f}, |g| {norm:.2f}, {speed}" + ", skipped" * (not finite))
         bar.update()
-        return signals > 0 or self.failed == 10
+        return signals > 0 or self.failed >= 10
 
     def draw_task(self):
         """The step's task: drawn by the first process, for all, so that they do equal work (appendix B)."""
@@ -1035,17 +960,15 @@ class Trainer:
         return self.tasks[choice.item()]
 
     def next_batch(self, task, micro):
-        """This process's next samples of a task as a Batch, and the unreadable ones among them."""
+        """This process's next Batch of a task, with its conditions dropped."""
         args, size = self.args, self.stage.batch
         if task not in self.streams:
-            start = math.ceil(self.drawn[task] / size) * size
-            self.streams[task] = Stream(self.source, task).loader(start, size, args.accumulate, args.workers)
-        items = next(self.streams[task])
-        batch = self.source.collate(task, items, self.device)
+            start = math.ceil(self.drawn[task] / size) * size  # whole batches, if their size has changed
+            self.streams[task] = self.source.loader(task, start, args.accumulate, args.workers)
+        batch = self.source.collate(task, next(self.streams[task]), self.device)
         first = (micro * world() + rank()) * size
         batch.keys = [(args.seed, self.step, number) for number in range(first, first + size)]
-        unreadable = [broken for item in items for broken in getattr(item, "broken", [])]
-        return drop_conditions(batch, args.seed, self.step, SHORT[args.stage]), unreadable
+        return drop_conditions(batch, args.seed, self.step, SHORT[args.stage])
 
     def clip_gradients(self):
         """Clip the gradient's norm, and return it. What a task does not use gets a gradient of zero, so that
@@ -1067,7 +990,7 @@ class Trainer:
         everyones = [broken] * world()
         if dist.is_initialized():
             dist.all_gather_object(everyones, broken)
-        for line, problem in itertools.chain(*everyones):
+        for line, problem in chain(*everyones):
             if line not in self.broken:
                 self.broken[line] = problem
                 say(f"{self.args.data}, line {line}: skipped: {problem}")
@@ -1083,23 +1006,24 @@ class Trainer:
 
     def identity(self):
         """What a checkpoint has in common with the run that continues it."""
-        args, config = self.args, asdict(self.vino.config)
+        config = asdict(self.vino.config)
         parts = ("text", "vision", "mmdit", "vae", "num_queries", "boundary_tokens")
-        own = {"stage": args.stage, "seed": args.seed, "data": args.data, "has_ema": self.stage.ema > 0}
-        return own | {"trainable": self.stage.trainable} | {name: config[name] for name in parts}
+        own = {"stage": self.args.stage, "seed": self.args.seed, "data": self.args.data}
+        own |= {"trainable": self.stage.trainable, "has_ema": self.stage.ema > 0}
+        return own | {name: config[name] for name in parts}
 
     def save(self):
         state = {"step": self.step, "drawn": self.drawn, "failed": self.failed, "broken": self.broken}
         state |= {"weights": self.weights, "identity": self.identity()}
-        write_checkpoint(self.folder, self.step, self.tensors(), state, self.args.keep)
+        write_checkpoint(self.out / "checkpoints", self.step, self.tensors(), state, self.args.keep)
 
     def restore(self, path, saved):
         """Continue from a checkpoint, written by any number of processes."""
-        check_identity(self.identity(), saved["identity"], path)
+        for name, value in self.identity().items():
+            agree(value, saved["identity"][name], name, path)
         dcp.load(self.tensors(), checkpoint_id=path, no_dist=not dist.is_initialized())  # in place
         self.step, self.failed, self.drawn = saved["step"], saved["failed"], self.drawn | saved["drawn"]
         self.broken = {int(line): problem for line, problem in saved["broken"].items()}
-        say(f"resumed from {path}")
 
     @torch.no_grad()
     def validate(self):
@@ -1108,12 +1032,12 @@ class Trainer:
         for task in self.tasks:
             parts = []
             for number in range(VALIDATION):
-                items = [self.source.draw(task, -1 - number, -1 - number)]
-                batch = self.source.collate(task, items, self.device)
+                fixed = [self.source.draw(task, -1 - number, -1 - number)]
+                batch = self.source.collate(task, fixed, self.device)
                 batch.keys = [("validation", task, number)]
                 parts.append(self.objective(batch).item())
                 if number == 0:
-                    output = self.objective.picture(batch, PICTURE_STEPS)
+                    output = self.objective(batch, PICTURE_STEPS)
                     shown = [*[r.pixels for r in batch.references], batch.target, output]
                     rows.append((f"{task}: {batch.prompts[0]}", [panels(pixels[0]) for pixels in shown]))
             losses[task] = sum(parts) / len(parts)
@@ -1165,12 +1089,8 @@ def start_device(dtype):
 
 def default_weights(stage, out):
     """The export of the stage before, beside `out`; else the repository's tiny weights; else random ones."""
-    before = out.parent / f"stage{stage - 1}" / "final.safetensors"
-    for path in (before, HERE / "assets" / "tiny.safetensors"):
-        if path.exists():
-            return path
-    say("no trained weights yet: starting from random ones")
-    return "random"
+    paths = out.parent / f"stage{stage - 1}" / "final.safetensors", HERE / "assets" / "tiny.safetensors"
+    return next((path for path in paths if path.exists()), "random")
 
 
 def build(args, weights, device, dtype):
@@ -1193,8 +1113,7 @@ def positive(text):
 
 
 def parse_arguments(arguments):
-    about = "Train a stage of VINO; with no other flag the tiny model on the toy world, on this machine."
-    parser = argparse.ArgumentParser(description=about)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, flag = parser.add_argument, {"action": "store_true"}
     add("--stage", type=int, required=True, choices=STAGES, help="column of table 1")
     start = "a .safetensors, a folder of public weights, 'hub' or 'random'"
@@ -1217,10 +1136,10 @@ def parse_arguments(arguments):
     add("--no-queries", **flag, help="ablation: no learnable tokens (figure 8)")
     add("--no-boundary-tokens", **flag, help="ablation: no tokens between latents (figure 11)")
     table = parser.add_argument_group("table 1", "changes to the stage's column")
+    types = {int: positive, float: float}
     for f in fields(Stage):
-        name = "--" + f.name.replace("_", "-")
-        if f.type in (int, float):
-            table.add_argument(name, type=positive if f.type is int else float)
+        if f.type in types:
+            table.add_argument("--" + f.name.replace("_", "-"), type=types[f.type])
     table.add_argument("--betas", type=float, nargs=2)
     table.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
     return parser.parse_args(arguments)
