@@ -38,7 +38,6 @@ from functools import lru_cache
 from itertools import chain, combinations, count, islice, product
 from pathlib import Path
 
-import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -54,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sample import read_image
+from sample import read_frames, read_image
 from vino import (
     Config, InputError, MMDiT, Reference, Vino, agree, bicubic, flow_loss, letterbox, normalize, override,
     patchify, sample, to_frames, video_size, vlm_size,
@@ -615,7 +614,7 @@ def one_line(error):
 
 
 def read_clip(path, frames):  # -> uint8 [T, H, W, 3], T = 4k + 1 up to `frames`
-    clip = list(islice(imageio.imiter(path, plugin="pyav"), frames))
+    clip = list(islice(read_frames(path), frames))
     if len(clip) < 5:
         raise InputError(f"{path} has {len(clip)} frame(s), and the VAE needs at least 5")
     return np.stack(clip[: (len(clip) - 1) // 4 * 4 + 1])
@@ -786,9 +785,9 @@ def contact_sheet(rows):
     """A picture of rows (label, groups of PIL images)."""
     tall = max(image.height for _, groups in rows for group in groups for image in group) + 18
     wide = max(sum(image.width + 6 for group in groups for image in group) for _, groups in rows) + 20
-    sheet = Image.new("RGB", (wide, tall * len(rows)), "white")
+    sheet = Image.new("RGB", (wide, tall * len(rows)), "lightsteelblue")  # no background of the toy world
     for row, (label, groups) in enumerate(rows):
-        ImageDraw.Draw(sheet).text((2, row * tall + 2), label[: wide // 6], fill="black")
+        ImageDraw.Draw(sheet).text((2, row * tall + 2), label[: wide // 5], fill="black")
         left = 0
         for group in groups:
             for image in group:
