@@ -47,6 +47,11 @@ EPILOG = """the task follows from what you give:
   several images        an edit of the last one, or a video of what they show
   a video, or with      an edit of the video; images guide it, or it lends an image its motion
     images              or its camera
+an edit has the shape of what it edits: --height and --width then set its area only
+
+examples:
+  python sample.py --prompt "a large red circle moving right" --out circle.mp4
+  python sample.py --prompt "Put the hat of Image 1 on the man in Image 2." --image hat.jpg man.jpg --base
 """
 
 
@@ -86,8 +91,8 @@ def build_parser():
     add("--out", metavar="PATH", help=".png, .mp4, .gif or a folder (default: named by prompt and seed)")
     add("--overwrite", action="store_true", help="replace files that exist")
     add("--frames", metavar="N", type=number(int, 1, 10**6), help="4k + 1; 1 is an image")
-    add("--height", metavar="H", type=side, help="multiples of 16, given together; an edit has the")
-    add("--width", metavar="W", type=side, help="shape of what it edits, and only takes their area")
+    add("--height", metavar="H", type=side, help="a multiple of 16, together with --width")
+    add("--width", metavar="W", type=side, help="a multiple of 16, together with --height")
     add("--seed", metavar="S", type=number(int, 0, 2**62), default=0, help="of the noise (default: 0)")
     add("--num", metavar="K", type=number(int, 1, 10000), default=1, help="make K: seeds S, S + 1, ...")
 

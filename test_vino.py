@@ -543,7 +543,7 @@ def test_weights_that_do_not_fit_are_one_line_that_names_the_tensor_or_field(tin
     assert name in (message := load(lambda t: t | {name: torch.zeros(3, 2)})) and "[3, 2]" in message
     other = copy.deepcopy(tiny.config)
     other.mmdit.num_layers = 4
-    assert "'mmdit.num_layers' is 4, and 3" in load(lambda t: t, other)
+    assert "'mmdit.num_layers' does not fit: it is 4 here, and 3 in" in load(lambda t: t, other)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="cut short"):
         Vino.load(path)
@@ -804,7 +804,7 @@ BAD = {
     "--prompt x --config unknown.json": "no field 'text.size'",
     "--prompt x --weights missing": "missing does not exist",
     "--prompt x --weights hub": "cannot download Qwen/Qwen3-VL-4B-Instruct: no network",
-    "--prompt x --weights tiny.safetensors --config other.json": "do not fit",
+    "--prompt x --weights tiny.safetensors --config other.json": "does not fit",
     "--prompt x --device moon": "--device moon",
 }
 
@@ -1257,9 +1257,9 @@ def test_a_signal_saves_and_stops_and_only_the_newest_checkpoints_stay(config, t
 def test_a_checkpoint_of_another_run_is_refused_by_the_name_of_the_field(config, tmp_path, train_refuses):
     run(config, tmp_path, "--steps=1")
     assert "holds a run" in train_refuses(tmp_path)
-    assert "field 'stage' is 2, and 3 in" in train_refuses(tmp_path, "--resume", stage=2)
+    assert "field 'stage' does not fit: it is 2 here, and 3" in train_refuses(tmp_path, "--resume", stage=2)
     message = train_refuses(tmp_path, "--resume", "--no-queries")
-    assert "field 'num_queries' is 0, and 4" in message
+    assert "field 'num_queries' does not fit: it is 0 here, and 4" in message
     other = json.loads(config.read_text())
     other["mmdit"]["num_layers"] = 2
     (tmp_path / "other.json").write_text(json.dumps(other))

@@ -585,7 +585,7 @@ def read_manifest(path, max_images):
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
             except InputError as error:
-                raise InputError(f"{path}, line {number}: {str(error).removeprefix('config: ')}") from error
+                raise InputError(f"{path}, line {number}: {error}") from error
             entries[-1].line = number
     return entries
 

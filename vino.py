@@ -166,7 +166,10 @@ class Config:
     def from_dict(cls, overrides):
         """The defaults with `overrides`. An unknown field or a wrong type is an InputError that names it."""
         config = cls()
-        override(config, overrides, "")
+        try:
+            override(config, overrides, "")
+        except InputError as error:
+            raise InputError(f"config: {error}") from error
         return config
 
     @classmethod
@@ -185,10 +188,10 @@ class Config:
 def override(node, overrides, prefix):
     """Set the fields of the dataclass `node`, in place, to the values of the dictionary `overrides`."""
     if not isinstance(overrides, dict):
-        raise InputError("config: should be an object in braces")
+        raise InputError("should be an object in braces")
     for name, value in overrides.items():
         if name not in {f.name for f in fields(node)}:
-            raise InputError(f"config: there is no field '{prefix}{name}'")
+            raise InputError(f"there is no field '{prefix}{name}'")
         current = getattr(node, name)
         if is_dataclass(current) and isinstance(value, dict):
             override(current, value, f"{prefix}{name}.")
@@ -196,7 +199,7 @@ def override(node, overrides, prefix):
             setattr(node, name, value)
         else:
             should = "an object" if is_dataclass(current) else type(current).__name__
-            raise InputError(f"config: field '{prefix}{name}' is {type(value).__name__}, should be {should}")
+            raise InputError(f"field '{prefix}{name}' is {type(value).__name__}, should be {should}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1324,7 +1327,7 @@ def agree(ours, theirs, name, path):
         for key in sorted(ours.keys() & theirs.keys()):
             agree(ours[key], theirs[key], f"{name}.{key}", path)
     elif ours != theirs:
-        raise InputError(f"config and weights do not fit: field '{name}' is {ours}, and {theirs} in {path}")
+        raise InputError(f"field '{name}' does not fit: it is {ours} here, and {theirs} in {path}")
 
 
 def download(name, files):
