@@ -1264,7 +1264,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_name_of_the_field(config,
     other["mmdit"]["num_layers"] = 2
     (tmp_path / "other.json").write_text(json.dumps(other))
     message = train_refuses(tmp_path, "--resume", config=tmp_path / "other.json")
-    assert "field 'mmdit.num_layers' is 2, and 1 in" in message
+    assert "'mmdit.num_layers' does not fit: it is 2 here, and 1 in" in message
 
 
 @pytest.mark.parametrize("switch", ["--no-queries", "--no-boundary-tokens"])
