@@ -294,8 +294,6 @@ def prepare(job, config):
     video = Reference.video(Clip(job.video), frames, config.vision, area) if job.video else None
     if is_edit:
         size = (video or images[-1]).pixels.shape[3:]
-        if 0 in size:
-            raise InputError(f"{job.video} is too narrow: less than 16 pixels are left of a side")
     frames = video.pixels.shape[2] if video else frames
     return images, video, (frames, *size)
 

@@ -796,7 +796,7 @@ BAD = {
     "--prompt x --video cut.mp4": "cut.mp4 is not a video, or is cut short",
     "--prompt x --video wide.png": "1 frame(s), and the VAE needs at least 5",
     "--prompt x --video clip.mp4 --frames 1": "--frames 1 is an image",
-    "--prompt x --video clip.mp4 --height 16 --width 16": "clip.mp4 is too narrow",
+    "--prompt x --video clip.mp4 --height 16 --width 16": "is too narrow",
     "--prompt x --out a.jpg": "text to image goes to a folder or a .png",
     "--prompt x --out a.png --frames 9": "text to video goes to a folder or a .mp4 or .gif",
     "--prompt x --out none/a.png": "No such file or directory: 'none/a.png",
@@ -1236,7 +1236,7 @@ def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(config, tmp_p
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         train.resource.setrlimit(train.resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file may be larger
-        message = train_refuses(tmp_path, "--resume", "--steps=4")
+        message = train_refuses(tmp_path, "--resume", "--steps=4", "--save-every=3")
     finally:
         train.resource.setrlimit(train.resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, old)
@@ -1252,6 +1252,20 @@ def test_a_signal_saves_and_stops_and_only_the_newest_checkpoints_stay(config, t
     assert trainer.train() == 128 + signal.SIGTERM and trainer.step == 4
     names = [path.name for path in train.complete_checkpoints(tmp_path / "checkpoints")]
     assert names == ["step_00000003", "step_00000004"] and not (tmp_path / "final.safetensors").exists()
+
+
+def test_loader_processes_leave_signals_to_the_main_one():
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    train.ignore_interrupts(0)  # torchrun sends SIGTERM to all of a rank's processes
+    assert all(signal.getsignal(number) is signal.SIG_IGN for number in old)
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+def test_a_manifest_keeps_line_separators_inside_its_strings(tmp_path):
+    line = {"task": "t2i", "prompt": "one\u2028two", "target": "a.png"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [entry.prompt for entry in train.read_manifest(tmp_path / "data.jsonl", 4)] == ["one\u2028two"]
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_the_name_of_the_field(config, tmp_path, train_refuses):

@@ -107,6 +107,13 @@ def make_stage(number, config, arguments):
     override(stage, {name: value for name, value in given.items() if value is not None}, "--")
     check_known("task", stage.mixture, TASKS)
     check_known("module", stage.trainable, MODULES)
+    shares = [*stage.mixture.values()]
+    if not all(type(share) in (int, float) and share >= 0 for share in shares) or not sum(shares):
+        raise InputError("field 'mixture' should be shares, none below 0 and not all of them 0")
+    if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
+        raise InputError("field 'betas' should be two numbers from 0 to below 1")
+    if min(stage.lr, stage.weight_decay, stage.clip, stage.ema, stage.shift) < 0:
+        raise InputError("fields 'lr', 'weight_decay', 'clip', 'ema' and 'shift' should not be below 0")
     return stage
 
 
@@ -221,8 +228,9 @@ class Source(Dataset):
 
 
 def ignore_interrupts(worker):
-    """Ctrl-C is for the main process, which finishes its step first."""
+    """Signals are for the main process, which finishes its step first; torchrun sends them to all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -516,13 +524,14 @@ class Manifest(Source):
         """Sample `index` of a task's endless stream; negative ones are for validation. An unreadable sample
         is replaced by the next one of its bucket."""
         if index < 0:
-            bucket, place = self.held[task], (-1 - index) % len(self.held[task])
+            held = self.held[task]
+            bucket, place = [*held, *chain(*self.buckets[task])], (-1 - index) % len(held)
         else:
             batches = sum(math.ceil(len(bucket) / self.stage.batch) for bucket in self.buckets[task])
             epoch, number = divmod(index, batches * self.stage.batch)
             bucket, place = self.order(task, epoch)[number]
         broken = []
-        for entry in bucket[place:] + bucket[:place]:
+        for entry in chain(islice(bucket, place, None), islice(bucket, place)):
             try:
                 return replace(self.load(entry), broken=broken)
             except UNREADABLE as error:
@@ -574,7 +583,7 @@ class Manifest(Source):
 def read_manifest(path, max_images):
     """The lines of a manifest as Entries. An InputError names the first wrong one."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8").split("\n")  # splitlines() would also cut inside JSON's strings
     except UNREADABLE as error:
         raise InputError(f"cannot read {path}: {error}") from error
     entries = []
@@ -626,6 +635,8 @@ def fit(frames, area, framed):
     if framed:
         return to_frames([letterbox(Image.fromarray(frame), area) for frame in frames])
     size = video_size(frames.shape[2], frames.shape[1], area)
+    if min(size) < 16:
+        raise InputError(f"{frames.shape[2]} x {frames.shape[1]} is too narrow for frames of {area} pixels")
     frames = bicubic(to_frames(frames).float(), size).round().clamp(0, 255).to(torch.uint8)
     return frames[..., : frames.shape[2] // 16 * 16, : frames.shape[3] // 16 * 16]
 
@@ -906,6 +917,8 @@ class Trainer:
             while self.step < self.stage.steps:
                 stop = self.one_step(bar)
                 last = self.step == self.stage.steps
+                if last or self.step % self.args.validate_every == 0:
+                    self.validate()  # before the checkpoint, so that a resumed run lacks none
                 if last or stop or self.step % self.args.save_every == 0:
                     self.save()
                 if self.failed >= 10:
@@ -914,10 +927,7 @@ class Trainer:
                 if stop:
                     say(f"stopped by a signal after step {self.step}; continue with --resume")
                     return 128 + self.signal
-                if last or self.step % self.args.validate_every == 0:
-                    self.validate()
         self.export()
-        self.streams.clear()  # end the loaders' processes first: they hold NCCL's connections open
         return 0
 
     def one_step(self, bar):
@@ -964,7 +974,11 @@ class Trainer:
         if task not in self.streams:
             start = math.ceil(self.drawn[task] / size) * size  # whole batches, if their size has changed
             self.streams[task] = self.source.loader(task, start, args.accumulate, args.workers)
-        batch = self.source.collate(task, next(self.streams[task]), self.device)
+        try:
+            samples = next(self.streams[task])
+        except InputError as error:  # a loader's process puts its traceback around the message
+            raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
+        batch = self.source.collate(task, samples, self.device)
         first = (micro * world() + rank()) * size
         batch.keys = [(args.seed, self.step, number) for number in range(first, first + size)]
         return drop_conditions(batch, args.seed, self.step, SHORT[args.stage])
@@ -1034,6 +1048,8 @@ class Trainer:
                 fixed = [self.source.draw(task, -1 - number, -1 - number)]
                 batch = self.source.collate(task, fixed, self.device)
                 batch.keys = [("validation", task, number)]
+                if batch.broken:
+                    self.report(batch.broken)
                 parts.append(self.objective(batch).item())
                 if number == 0:
                     output = self.objective(batch, PICTURE_STEPS)
@@ -1148,9 +1164,16 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
     try:
-        status = Trainer(args).train()
+        trainer = Trainer(args)
+        try:
+            status = trainer.train()
+        finally:
+            trainer.streams.clear()  # end the loaders' processes first: they hold NCCL's connections open
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, at any file but a checkpoint's
+        print(f"train.py: {error}; older checkpoints stay: continue with --resume", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -354,6 +354,8 @@ class Reference:
         if area:
             first = bicubic(first, video_size(width, height, area)).round().clamp(0, 255)
         first = first[..., : first.shape[2] // 16 * 16, : first.shape[3] // 16 * 16]
+        if 0 in first.shape:
+            raise InputError(f"the video ({width} x {height}) is too narrow: a side is below 16 pixels")
         spread = torch.linspace(0, length - 1, config.video_frames).round().long()
         size, rule = vlm_size(height, width, *config.video_resize[0]), config.video_resize[1]
         seen = bicubic(to_frames(clip[spread]), size).round().clamp(0, 255)
