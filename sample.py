@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from tokenizers import Tokenizer
 
 import vino
 from vino import Config, InputError, Reference, Vino
@@ -150,7 +149,7 @@ def choose_weights(args):
     vlm = next(iter(vino.HUB))
     is_hub = weights == "hub"
     folder = vino.download(vlm, ["tokenizer.json"]) if is_hub else vino.existing(weights) / Path(vlm).name
-    return weights, config or Config(), Tokenizer.from_file(str(vino.existing(folder / "tokenizer.json")))
+    return weights, config or Config(), vino.read_tokenizer(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -557,6 +557,15 @@ def test_public_weights_that_do_not_fit_are_one_line_that_names_them(tiny, tmp_p
     other.text.num_hidden_layers = 9
     with pytest.raises(InputError, match="text_config.num_hidden_layers"):
         Vino.load(tmp_path, other)
+    for broken in ("HunyuanVideo/vae/config.json", "Qwen3-VL-4B-Instruct/tokenizer.json"):
+        whole = (tmp_path / broken).read_text()
+        (tmp_path / broken).write_text(whole[:9])
+        with pytest.raises(InputError, match=f"{broken} is not JSON"):
+            Vino.load(tmp_path, tiny.config)
+        (tmp_path / broken).write_text(whole)
+    torch.save([1], tmp_path / "vino.ckpt")
+    with pytest.raises(InputError, match="something else than named tensors"):
+        Vino.load(tmp_path, tiny.config)
     (tmp_path / "vino.ckpt").write_bytes(b"not a pickle")
     with pytest.raises(InputError, match="vino.ckpt"):
         Vino.load(tmp_path, tiny.config)

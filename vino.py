@@ -1169,7 +1169,7 @@ class Vino(nn.Module):
         else:
             config = config or Config()
             vlm, base, ckpt = locate(weights)
-            tokenizer = Tokenizer.from_file(str(existing(vlm / "tokenizer.json")))
+            tokenizer = read_tokenizer(vlm)
             stream = read_public(vlm, base, ckpt, config, device)
         with torch.device("meta"):
             model = cls(config, tokenizer)
@@ -1306,13 +1306,30 @@ def existing(path):
     return Path(path)
 
 
-def read_metadata(path, config):
-    """Config and tokenizer of a `.safetensors` of this project; must fit `config`, if that is given."""
+def read_json(path):
+    text = existing(path).read_bytes()
     try:
-        with safe_open(existing(path), "pt") as file:
-            metadata = file.metadata() or {}
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON, or is cut short ({error})") from error
+
+
+def read_tokenizer(folder):
+    """The tokenizer of a public VLM's folder."""
+    return Tokenizer.from_str(json.dumps(read_json(folder / "tokenizer.json")))
+
+
+def open_safetensors(path, device="cpu"):
+    try:
+        return safe_open(existing(path), "pt", device=str(device))
     except SafetensorError as error:
         raise InputError(f"{path} is not a safetensors file, or is cut short ({error})") from error
+
+
+def read_metadata(path, config):
+    """Config and tokenizer of a `.safetensors` of this project; must fit `config`, if that is given."""
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
     if not {"config", "tokenizer"} <= metadata.keys():
         raise InputError(f"{path} was not written by this project: its metadata holds no config")
     saved = Config.from_dict(json.loads(metadata["config"]))
@@ -1354,12 +1371,14 @@ def read_public(vlm, base, ckpt, config, device):
     ours = asdict(config)
     qwen = {"text_config": ours["text"], "vision_config": ours["vision"]}
     for part, folder in ((qwen, vlm), (ours["mmdit"], base / "transformer"), (ours["vae"], base / "vae")):
-        path = existing(folder / "config.json")
-        agree(part, json.loads(path.read_text()), folder.name, path)
+        path = folder / "config.json"
+        agree(part, read_json(path), folder.name, path)
     try:
         trained = torch.load(ckpt, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{ckpt} is not a checkpoint of plain tensors, or is cut short") from error
+    if not (isinstance(trained, dict) and all(isinstance(tensor, Tensor) for tensor in trained.values())):
+        raise InputError(f"{ckpt} holds something else than named tensors")
     yield from read_safetensors(shards(vlm), "mm_encoder.mm_encoder.", device)
     yield from read_safetensors(shards(base / "vae"), "vae.", device)
     for name, tensor in trained.items():
@@ -1374,7 +1393,7 @@ def shards(folder):
     """The safetensors files of a folder: those its index names, or the only one."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
-        names = sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))
+        names = sorted(set(read_json(indexes[0])["weight_map"].values()))
         return [existing(folder / name) for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -1385,6 +1404,6 @@ def shards(folder):
 def read_safetensors(paths, prefix, device):
     """(name, function that reads the tensor to `device`) for every tensor of the files."""
     for path in paths:
-        with safe_open(path, "pt", device=str(device)) as file:
+        with open_safetensors(path, device) as file:
             for name in file.keys():
                 yield prefix + name, lambda name=name: file.get_tensor(name)
