@@ -1,9 +1,11 @@
 """The command line of VINO: read prompts, pictures and clips, call the model, write .png, .mp4 or .gif.
 
     python sample.py --prompt "a large red circle"
+    python sample.py --benchmark
     python sample.py --help
 
-From top to bottom: arguments, jobs, from the references to the files, the table of --explain, main.
+From top to bottom: arguments, jobs, from the references to the files, the table of --explain, the benchmarks,
+main.
 What the user gets wrong is one line on stderr and exit status 2, and found before the model is loaded.
 """
 
@@ -15,6 +17,8 @@ import os
 import re
 import shlex
 import sys
+from collections import defaultdict, namedtuple
+from itertools import count, islice, permutations
 from pathlib import Path
 
 # Before torch starts: its idle threads shall sleep, not spin. On a busy machine that is many times faster.
@@ -23,8 +27,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
 
 import vino
 from vino import Config, InputError, Reference, Vino
@@ -39,7 +45,8 @@ ITEM = {  # the fields of an item of a task file, with the values of those that 
     "ref_image_have_base": False,
 }  # fmt: skip
 USAGE = """sample.py --prompt TEXT [--image FILE ...] [--video FILE] [--out PATH] [options]
-       sample.py --tasks FILE.json --out DIR [options]"""
+       sample.py --tasks FILE.json --out DIR [options]
+       sample.py --benchmark [SUITE ...] [--out DIR] [options]"""
 EPILOG = """the task follows from what you give:
   only a prompt         an image, or a video if --frames is above 1 or --out ends in .mp4 or .gif
   one image             an edit of it, or (as above) a video that begins with it
@@ -86,6 +93,10 @@ def build_parser():
     add("--rewrite", action="store_true", help="let the VLM expand the prompt first, and print it")
     add("--tasks", metavar="FILE", help="many of these from a .json in the release's format")
 
+    add = parser.add_argument_group("benchmarks of the toy world: a table and a picture").add_argument
+    add("--benchmark", metavar="SUITE", nargs="*", choices=SUITES, help=f"{', '.join(SUITES)} (default: all)")
+    add("--samples", metavar="N", type=number(int, 1, 10**5), default=100, help="of each row (default: 100)")
+
     add = parser.add_argument_group("the result").add_argument
     add("--out", metavar="PATH", help=".png, .mp4, .gif or a folder (default: named by prompt and seed)")
     add("--overwrite", action="store_true", help="replace files that exist")
@@ -113,10 +124,13 @@ def build_parser():
 
 def check_arguments(args, config):
     """Round sizes down to legal ones and settle device and dtype, in place. Raises InputError."""
-    if (args.prompt is None) == (args.tasks is None):
-        raise InputError("give either --prompt TEXT or --tasks FILE; --help tells more")
+    if [args.prompt, args.tasks, args.benchmark].count(None) != 2:
+        raise InputError("give either --prompt TEXT or --tasks FILE or --benchmark; --help tells more")
     if args.tasks and (args.image or args.video or args.base or args.explain or args.num > 1 or not args.out):
         raise InputError("--tasks needs --out DIR and excludes --image, --video, --base, --num and --explain")
+    shape = (args.image, args.video, args.base, args.explain, args.rewrite, args.num > 1)
+    if args.benchmark is not None and any((*shape, args.frames, args.height, args.width)):
+        raise InputError("--benchmark has its own references, and one size: leave out options for these")
     if (args.height is None) != (args.width is None):
         raise InputError("--height and --width go together")
     for name, multiple, rest in (("height", 16, 0), ("width", 16, 0), ("frames", 4, 1)):
@@ -310,17 +324,27 @@ def check_memory(size, job, mmdit):
         raise InputError(f"{shape} needs over {need / 2**30:.0f} of {have / 2**30:.0f} GiB of memory")
 
 
+def check_writable(path, overwrite):
+    """What cannot be written fails here, before the work."""
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; --overwrite replaces it")
+    partial = Path(f"{path}.partial")
+    partial.touch()
+    partial.unlink()
+
+
+def announce(job):
+    """Print what is to be noticed: only after all that could be one line of error."""
+    while job.notices:
+        print(job.notices.pop(0), file=sys.stderr)
+
+
 def run(job, config, tokenizer, load):
     """Do a job, from its references to its files. `load` gives the model."""
     for path in () if job.explain else job.outputs.values():
-        if path.exists() and not job.overwrite:
-            raise InputError(f"{path} exists; --overwrite replaces it")
-        partial = Path(f"{path}.partial")
-        partial.touch()  # what cannot be written fails here, before the work
-        partial.unlink()
+        check_writable(path, job.overwrite)
     images, video, size = prepare(job, config)
-    while job.notices:  # only now, so that an error is one line
-        print(job.notices.pop(0), file=sys.stderr)
+    announce(job)
     if job.rewrite:
         job.prompt = load().mm_encoder.rewrite(job.prompt) or job.prompt
         print(f"rewritten: {job.prompt}", flush=True)
@@ -398,6 +422,390 @@ def explain(text, references, size, tokenizer, config):
     return "\n".join("{:<20}  {:>7}  {:<7}  {}".format(*row) for row in table)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# Benchmarks: small counterparts of the paper's, in train.py's toy world, scored by pixels (tables 2 to 9).
+# train.py imports this file, so it is imported where it is used.
+# ----------------------------------------------------------------------------------------------------------
+
+Part = namedtuple("Part", "row layouts keep score")  # layouts: (task of train.TASKS, number of images)
+Thing = namedtuple("Thing", "shape color x y r")  # what stands in a frame; lengths are the toy world's
+Seen = namedtuple("Seen", "background things ground")  # ground: [64, 64], True where no thing is near
+
+
+def shrink(frames):
+    """Frames [N, 3, H, W] in [-1, 1] -> [N, 3, 64, 64] in [0, 255]."""
+    return F.interpolate((frames.float().clamp(-1, 1) + 1) * 127.5, (64, 64), mode="area")
+
+
+def detect(frames):
+    """What frames [N, 3, H, W] in [-1, 1] show -> N Seens. A colour, a shape or a background that is none of
+    the toy world's is "unclear"."""
+    import train
+
+    names, grounds = [*train.BACKGROUNDS, *train.COLORS], len(train.BACKGROUNDS)
+    palette = torch.tensor([*train.BACKGROUNDS.values(), *train.COLORS.values()], dtype=torch.float32)
+    distance = torch.cdist(shrink(frames).flatten(2).transpose(1, 2), palette)  # [N, 64 * 64, colours]
+    least, nearest = distance.min(2)
+    sure = F.one_hot(nearest, len(names)).bool() & (least < 60)[..., None]
+    present = sure.sum(1) >= 20  # edges mix colours: they are taken for those that cover an area
+    ground = sure[..., :grounds].sum(1).argmax(1)
+    present[:, :grounds] = F.one_hot(ground, grounds).bool()
+    nearest = distance.masked_fill(~present[:, None], math.inf).argmin(2)
+    labels, sure = components((nearest >= grounds).view(-1, 1, 64, 64)), sure.unflatten(1, (64, 64))
+    found = []
+    for label, pure, number in zip(labels[:, 0], sure, ground):
+        values, areas = label.unique(return_counts=True)
+        masks = [label == value for value, area in zip(values, areas) if value and area >= 25]
+        covered = sum(masks, torch.zeros(1, 64, 64, dtype=torch.bool)).float()
+        free = F.max_pool2d(covered, 5, 1, 2)[0] == 0
+        stains = (free & ~pure[..., number]).sum()
+        background = names[number] if stains < 0.01 * 64 * 64 else "unclear"
+        found.append(Seen(background, sorted(identify(mask, pure, names) for mask in masks), free))
+    return found
+
+
+def components(mask):
+    """Number the connected parts of a mask [N, 1, H, W]; 0 is outside. The largest number spreads."""
+    labels = torch.arange(1.0, mask[0].numel() + 1).view(mask[:1].shape) * mask
+    while True:
+        spread = F.max_pool2d(labels, 3, 1, 1) * mask
+        if torch.equal(spread, labels):
+            return labels
+        labels = spread
+
+
+def identify(mask, sure, names):
+    """The Thing that covers a mask [64, 64]: of the colour that most of it surely [64, 64, colours] has, and
+    of the shape that, drawn with the same centre and area, overlaps it most."""
+    import train
+
+    shares = sure[mask].float().mean(0)
+    color = names[shares.argmax()] if shares.max() > 0.6 else "unclear"
+    (y, x), area, pixel = (mask.nonzero() + 0.5).mean(0), mask.sum(), torch.arange(64) + 0.5
+    choices = [(0.75, "unclear", (area / math.pi).sqrt())]
+    for shape, edge in train.SHAPES.items():
+        unit = (edge((pixel - 32).abs(), pixel[:, None] - 32, 28) < 0).sum() / 28**2
+        r = (area / unit).sqrt()
+        drawn = edge((pixel - x).abs(), pixel[:, None] - y, r) < 0
+        if r > 6.5:  # a small diamond is no tiny circle
+            choices.append(((drawn & mask).sum() / (drawn | mask).sum(), shape, r))
+    _, shape, r = max(choices)
+    return Thing(shape, color, x.item(), y.item(), r.item())
+
+
+def looks(things):
+    """Shape and colour of each, in a fixed order."""
+    return sorted((thing.shape, thing.color) for thing in things)
+
+
+def fits(seen, scene, time=0.0, sizes=True):
+    """Is a frame that moment of the scene? One thing for each object, within 4 pixels of its place and, if
+    sizes count, 3 of its radius: half the way from small to large."""
+    import train
+
+    def same(thing, item):
+        x, y, r = train.trace(item, time)
+        near = math.hypot(thing.x - x, thing.y - y) < 4 and (not sizes or abs(thing.r - r) < 3)
+        return near and (thing.shape, thing.color) == (item.shape, item.color)
+
+    orders = permutations(seen.things) if len(seen.things) == len(scene.objects) else ()
+    everything = any(all(map(same, order, scene.objects)) for order in orders)
+    return everything and seen.background == scene.background
+
+
+def score_image(row, sample, output, target, source):
+    """GenEval. Every score gets a Sample, its output, target and source [3, T, H, W] (the source is what is
+    edited) and gives {(row, column): True, False or a number}."""
+    told, things = sample.target.objects, detect(output[:, 0][None])[0].things
+    right = looks(things) == looks(told)
+    if row in ("single object", "two objects"):  # their colours are another row's
+        right = sorted(thing.shape for thing in things) == sorted(item.shape for item in told)
+    return {(row, "right"): right and (row != "position" or is_placed(sample.prompt, told, things))}
+
+
+def is_placed(prompt, told, things):
+    """Does the relation hold that a prompt states, or is each object in its cell?"""
+    import train
+
+    things = {(thing.shape, thing.color): thing for thing in things}
+    told = sorted(told, key=lambda item: prompt.find(f"{item.color} {item.shape}"))
+    ours = [things[item[:2]] for item in told]
+    relation = re.search("left of|right of|above|below", prompt)
+    if relation:
+        dx, dy = ours[1].x - ours[0].x, ours[1].y - ours[0].y
+        return {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation[0]] > 4
+    cells = [min(train.CELLS, key=lambda name: math.dist(train.CELLS[name], (t.x, t.y))) for t in ours]
+    return cells == [item.cell for item in told]
+
+
+def score_clip(row, sample, output, target, source):
+    """VBench. Consistency, smoothness, flickering and dynamics are of what is seen, whatever the text."""
+    frames, scene = shrink(output.transpose(0, 1)), sample.target
+    seen = detect(output.transpose(0, 1))
+    path, time = tracks(seen), np.linspace(0, 1, len(seen))
+    still = torch.stack([a.ground & b.ground for a, b in zip(seen, seen[1:])])
+    pairs = [(a[2:], b[2:]) for a in seen[0].things for b in seen[-1].things if a[:2] == b[:2]]
+    return {
+        ("subject consistency", "right"): path is not None,
+        ("background consistency", "right"): all(s.background == scene.background for s in seen),
+        ("motion smoothness", "right"): path is not None and bool(bend(path, time) < 1.5),
+        ("temporal flickering", "gray levels"): frames.diff(dim=0).abs().mean(1)[still].mean().item(),
+        ("dynamic degree", "right"): any(math.dist(*pair) > 3 for pair in pairs),
+        ("motion class", "right"): all(motion_of(item, seen) == item.motion for item in scene.objects),
+    }
+
+
+def tracks(seen):
+    """[T, 3 * things]: x, y and r in each frame. None if the frames do not show the same things."""
+    if not seen[0].things or any(looks(s.things) != looks(seen[0].things) for s in seen):
+        return None
+    return np.array([[length for thing in s.things for length in thing[2:]] for s in seen])
+
+
+def bend(path, time):
+    """How far, at the most, tracks leave the straight line that is nearest to them, in pixels."""
+    slope, start = np.polyfit(time, path, 1)
+    return abs(path - np.outer(time, slope) - start).max()
+
+
+def motion_of(item, seen):
+    """The motion, out of train.MOTIONS, that is nearest to what an object did; None if it is not there."""
+    import train
+
+    begin, end = ([t[2:] for t in seen[time].things if t[:2] == item[:2]] for time in (0, -1))
+    if (len(begin), len(end)) != (1, 1):
+        return None
+    scale = np.array((1, 1, 4))  # 6 pixels of radius are as much as 24 of way
+    change = np.subtract(end[0], begin[0]) * scale
+    return min(train.MOTIONS, key=lambda name: math.dist(change, train.MOTIONS[name].change * scale))
+
+
+def score_cast(row, sample, output, target, source):
+    """OpenS2V. An identity is shape and colour; with two objects, each has a place of its own."""
+    seen, scene = detect(output.transpose(0, 1)), sample.target
+    kept = all(looks(s.things) == looks(scene.objects) for s in seen)
+    values = {(row, "identities kept"): kept}
+    if len(scene.objects) == 2:
+        a, b = scene.objects
+        swapped = scene._replace(objects=[type(a)(*b[:3], *a[3:]), type(a)(*a[:3], *b[3:])])
+        for name, told in (("right", scene), ("swapped", swapped)):
+            values[row, f"identities {name}"] = all(
+                fits(s._replace(background=scene.background), told, time, sizes=False)
+                for s, time in zip(seen, np.linspace(0, 1, len(seen)))
+            )
+    return values
+
+
+def score_edit(row, sample, output, target, source):
+    """GEdit and OpenVE: is the target's scene there, and what shall not change, does it stay (PSNR)?"""
+    last = output.shape[1] - 1
+    moments = sorted({0, last // 2, last})
+    seen = detect(output[:, moments].transpose(0, 1))
+    done = all(fits(s, sample.target, t / max(last, 1)) for s, t in zip(seen, moments))
+    changed = ((target - source).abs().amax(0) > 1e-3).float()  # [T, H, W]
+    same = F.max_pool2d(changed[:, None], 5, 1, 2)[:, 0] == 0
+    error = (output.clamp(-1, 1) - target).square().mean(0)[same].mean() / 4
+    return {(row, "success"): done, (row, "rest, dB"): -10 * error.clamp(1e-6).log10().item()}  # 60 at most
+
+
+def score_answer(row, sample, answer, target, source):
+    """Understanding: which words of the toy world does an answer name? Only the right one counts."""
+    import train
+
+    [item], ground = sample.target.objects, sample.target.background
+    does = {motion.does: name for name, motion in train.MOTIONS.items()}
+    grounds = {f"{name} background": name for name in train.BACKGROUNDS}
+    aliases, values = does | grounds, {}
+    named = [("motion", [*train.MOTIONS, *does], item.motion), ("background", grounds, ground)]
+    named += [("colour", train.COLORS, item.color), ("shape", train.SHAPES, item.shape)]
+    named += [("size", train.SIZES, item.size), ("cell", train.CELLS, item.cell)]
+    for name, words, right in named:
+        pattern = rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b"
+        found = re.findall(pattern, answer)
+        answer = re.sub(pattern, "", answer)  # once read, "moving left" names no cell
+        if name != "motion" or sample.video:
+            values[name, "right"] = {aliases.get(word, word) for word in found} == {right}
+    return values
+
+
+def of_kind(kind, *counts):
+    """Which samples a row takes: those of a kind whose target has so many objects."""
+    return lambda sample: sample.kind == kind and (not counts or len(sample.target.objects) in counts)
+
+
+def differ(*fields):
+    """... those with two objects that differ in all of these fields."""
+
+    def keep(sample):
+        items, pair = sample.target.objects, of_kind("", 2)(sample)
+        return pair and all(getattr(items[0], name) != getattr(items[1], name) for name in fields)
+
+    return keep
+
+
+def moving(sample):
+    """... those in which something moves."""
+    return sample.kind == "" and any(item.motion != "standing still" for item in sample.target.objects)
+
+
+IMAGE, EDIT, VIDEO_EDIT = [("t2i", 0)], [("ti2i", 1)], [("tv2v", 0), ("tiv2v", 1)]
+SUITES = {
+    "geneval": [
+        Part("single object", IMAGE, of_kind("", 1), score_image),
+        Part("two objects", IMAGE, differ("shape"), score_image),
+        Part("counting", IMAGE, of_kind("counting"), score_image),
+        Part("colours", IMAGE, of_kind("", 1), score_image),
+        Part("position", IMAGE, of_kind("position"), score_image),
+        Part("colour attribution", IMAGE, differ("shape", "color"), score_image),
+    ],
+    "vbench": [Part("clips", [("t2v", 0)], moving, score_clip)],
+    "opens2v": [
+        Part("1 image", [("ti2v", 1)], of_kind("", 1), score_cast),
+        Part("2 images", [("ti2v", 2)], of_kind("", 2), score_cast),
+        Part("3 images", [("ti2v", 3)], of_kind("", 2), score_cast),
+    ],
+    "gedit": [
+        Part("adjust colour", EDIT, of_kind("recolor"), score_edit),
+        Part("replace", EDIT, of_kind("replace"), score_edit),
+        Part("add", EDIT, of_kind("add"), score_edit),
+        Part("remove", EDIT, of_kind("remove"), score_edit),
+        Part("compose", [("ti2i_ref", 2)], of_kind("compose"), score_edit),
+        Part("move", EDIT, of_kind("move"), score_edit),
+    ],
+    "openve": [
+        Part("recolor", VIDEO_EDIT, of_kind("recolor"), score_edit),
+        Part("replace", VIDEO_EDIT, of_kind("replace"), score_edit),
+        Part("background", VIDEO_EDIT, of_kind("background"), score_edit),
+        Part("remove", [("tv2v", 0)], of_kind("remove"), score_edit),
+        Part("add", VIDEO_EDIT, of_kind("add"), score_edit),
+        Part("clone motion", [("motion", 1)], of_kind(""), score_edit),
+    ],
+    "understanding": [
+        Part("images", [("look", 1)], of_kind("", 1), score_answer),
+        Part("clips", [("watch", 0)], of_kind("", 1), score_answer),
+    ],
+}
+MEANS = {"geneval": "overall", "gedit": "mean", "openve": "mean", "understanding": "mean"}
+BATCH, SHOWN = 50, 2  # samples that are made together; that the picture shows of each part and layout
+
+
+def draw_batches(part, samples, world, device):
+    """A part's samples, half of them with their short prompts, as pairs (Samples, Batch of one layout). No
+    training run draws from these seeds."""
+    import train
+
+    for number, (task, images) in enumerate(part.layouts):
+        share = (samples + number) // len(part.layouts)
+        script, clip = train.TASKS[task].script, train.TASKS[task].clip
+        tellers = (train.Teller(f"benchmark {part.row} {world.seed} {task} {i}") for i in count())
+        kept = filter(part.keep, (getattr(teller, script)(images, clip) for teller in tellers))
+        for first in range(0, share, BATCH):
+            drawn = [*islice(kept, min(BATCH, share - first))]
+            drawn[1::2] = [sample._replace(prompt=sample.short_prompt) for sample in drawn[1::2]]
+            batch = world.collate(task, drawn, device)
+            batch.keys = [world.seed + first + i for i in range(len(drawn))]  # seeds of the noise
+            yield drawn, batch
+
+
+def measure(suites, samples, world, device, make, tell):
+    """Run suites, `samples` for each row, on a ToyWorld's samples. `make` turns a Batch into pixels
+    [B, 3, T, H, W]; `tell` into the VLM's B answers.
+
+    Returns: {suite: {(row, column): values}}, and rows for train.contact_sheet."""
+    import train
+
+    results, sheet = {suite: defaultdict(list) for suite in suites}, []
+    bar = tqdm(total=samples * sum(len(SUITES[suite]) for suite in suites), unit="sample")
+    for suite, part in [(suite, part) for suite in suites for part in SUITES[suite]]:
+        bar.set_description(f"{suite}, {part.row}")
+        for drawn, batch in draw_batches(part, samples, world, device):
+            answers = tell(batch) if part.score is score_answer else []
+            outputs = answers or make(batch).cpu()
+            targets, references = batch.target.cpu(), [r.pixels.cpu() for r in batch.references]
+            sources = references[0 if batch.task == "motion" else -1] if references else targets
+            for i, sample in enumerate(drawn):
+                values = part.score(part.row, sample, outputs[i], targets[i], sources[i])
+                for key, value in values.items():
+                    results[suite][key] += [value] if value == value else []  # NaN: nothing to measure
+                if batch.keys[i] < world.seed + SHOWN:
+                    wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
+                    told = answers[i] if answers else sample.prompt
+                    shown = [pixels[i] for pixels in ([*references] if answers else [*references, outputs])]
+                    label = f"{suite} {part.row}, {'wrong' if wrong else 'right'}: {told}"
+                    sheet.append((label, [train.panels(pixels) for pixels in shown]))
+            bar.update(len(drawn))
+    bar.close()
+    return results, sheet
+
+
+def interval(values):
+    """Mean and 95% interval as text: Wilson's for a rate, 1.96 standard errors for a number."""
+    if not values:
+        return ""
+    n, mean, z = len(values), sum(values) / len(values), 1.96
+    if not isinstance(values[0], bool):
+        return f"{mean:.2f} ± {z * np.std(values) / math.sqrt(n):.2f}"
+    middle, scale = mean + z**2 / (2 * n), 1 + z**2 / n
+    half = z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
+    return f"{mean:.1%} ({abs(middle - half) / scale:.1%} to {(middle + half) / scale:.1%})"  # abs: no -0.0
+
+
+def table(results):
+    """The results of `measure` as Markdown."""
+    lines = []
+    for suite, values in results.items():
+        columns = [*dict.fromkeys(column for _, column in values)]
+        rows = [*dict.fromkeys(row for row, _ in values)]
+        if suite in MEANS:
+            for name in columns:
+                values[MEANS[suite], name] = sum((values[row, name] for row in rows), [])
+            rows.append(MEANS[suite])
+        lines += ["", f"| {' | '.join([suite, 'samples', *columns])} |"]
+        lines += [f"| --- | {' | '.join(['---:'] * (1 + len(columns)))} |"]
+        for row in rows:
+            own = [values[row, name] for name in columns]
+            cells = [row, str(max(map(len, own))), *map(interval, own)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def benchmark(args, config, load):
+    """Do --benchmark: write and print the table, and write the picture."""
+    import train
+
+    folder = Path(args.out or "benchmark")
+    folder.mkdir(exist_ok=True)
+    for name in ("benchmark.md", "benchmark.png"):
+        check_writable(folder / name, args.overwrite)
+    world = train.ToyWorld(train.make_stage("3", config, {}), config, args.seed)
+    names = ("steps", "shift", "cfg_text", "cfg_image", "negative_prompt")
+    settings, model = {name: getattr(args, name) for name in names}, load()
+    announce(args)
+
+    def make(batch):
+        images = [reference for reference in batch.references if not reference.is_video]
+        video = next((reference for reference in batch.references if reference.is_video), None)
+        size, base = tuple(batch.target.shape[2:]), batch.task == "ti2i_ref"
+        more = {"size": size, "base": base, "seed": batch.keys[0]} | settings
+        return model.generate(batch.prompts, images, video, **more)
+
+    def tell(batch):
+        return model.mm_encoder.answer(batch.prompts, [*map(model.encode, batch.references)])
+
+    suites = args.benchmark or [*SUITES]
+    results, sheet = measure(suites, args.samples, world, args.device, make, tell)
+    text = f"`{args.command}`\n{table(results)}\nIn brackets and behind ±: 95% intervals.\n"
+    (folder / "benchmark.md").write_text(text)
+    room = [Image.new("RGB", (500, 1), "lightsteelblue")]  # for the labels
+    train.contact_sheet([(label, [*shown, room]) for label, shown in sheet]).save(folder / "benchmark.png")
+    print(text)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------
+
+
 def main(argv=None):
     """Run the command line `argv` -> exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -409,6 +817,9 @@ def main(argv=None):
         weights, config, tokenizer = choose_weights(args)
         check_arguments(args, config)
         load = functools.cache(lambda: Vino.load(weights, config, args.device, args.dtype))
+        if args.benchmark is not None:
+            benchmark(args, config, load)
+            return 0
         if args.prompt is not None:
             run(single_job(args), config, tokenizer, load)
             return 0

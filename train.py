@@ -34,7 +34,7 @@ from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, combinations, count, islice, product
 from pathlib import Path
 
@@ -42,6 +42,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -52,14 +53,17 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from sample import read_frames, read_image
 from vino import (
-    Config, InputError, MMDiT, Reference, Vino, agree, bicubic, flow_loss, letterbox, normalize, override,
-    patchify, sample, to_frames, video_size, vlm_size,
+    REWRITE_PROMPT, SYSTEM_PROMPT, Condition, Config, EncodedReference, InputError, MMDiT, Modulation,
+    Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, continued, flow_loss, letterbox, normalize,
+    override, patchify, sample, to_frames, video_size, vlm_size,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
+TINY = HERE / "assets" / "tiny.safetensors"
 
 # ----------------------------------------------------------------------------------------------------------
 # 1. Table 1
@@ -71,7 +75,7 @@ class Stage:
     """A column of table 1, and below it what the paper does not number. A config's "training" section and the
     command line can change any of it."""
 
-    lr: float  # constant
+    lr: float  # constant, but for the two fields below
     betas: list
     steps: int
     ema: float  # decay; 0 is none
@@ -81,19 +85,30 @@ class Stage:
     weight_decay: float = 0.01
     clip: float = 1.0  # the gradient's norm
     mixture: dict = field(default_factory=dict)  # task: share; MIXTURES has the defaults
+    short: float = 0.0  # share of prompts in their short form (2.3); the numbers are ours
+    drop: float = 0.1  # probability to drop the text, the images, the video: each on its own (appendix B)
     batch: int = 1  # samples per process: "a local batch size of 1" (3.1)
     checkpointing: bool = True  # of the MMDiT's blocks (3.1)
     latent_frames: int = 30  # ours: how many fit with a local batch of 1, references included
+    warmup: int = 0  # ours: steps in which the learning rate rises from 0
+    cooldown: int = 0  # ours: steps at the end in which it falls to 0
 
 
 ALIGN, ALL = ["connectors", "learnable tokens"], ["connectors", "learnable tokens", "MMDiT"]
+TOY = {"ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "betas": [0.9, 0.99], "checkpointing": False}
+CAPTIONS = TOY | {"drop": 0.1, "short": 0.5, "shift": 3.0}
 STAGES = {
-    1: Stage(lr=1e-4, betas=[0.9, 0.99], steps=20_000, ema=0.0,    area=320**2, shift=3.0, trainable=ALIGN),
-    2: Stage(lr=4e-5, betas=[0.9, 0.95], steps=4_000,  ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
-    3: Stage(lr=2e-5, betas=[0.9, 0.95], steps=16_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
+    # Stand-ins for what the paper downloads, in the toy world; the numbers are ours.
+    "0-vae":   Stage(lr=1.5e-3, steps=3_800, cooldown=1_900, batch=48,  shift=1.0, trainable=["VAE"], **TOY),
+    "0-vlm":   Stage(lr=1e-3,   steps=5_000, cooldown=2_500, batch=96,  shift=1.0, trainable=["VLM"], **TOY, short=0.5),
+    "0-mmdit": Stage(lr=1.5e-3, steps=2_800, cooldown=800,   batch=128, trainable=["native text", "MMDiT"], **CAPTIONS),
+    "1": Stage(lr=1e-4, betas=[0.9, 0.99], steps=20_000, ema=0.0,    area=320**2, shift=3.0, trainable=ALIGN),
+    "2": Stage(lr=4e-5, betas=[0.9, 0.95], steps=4_000,  ema=0.9999, area=640**2, shift=5.0, trainable=ALL, short=0.5),
+    "3": Stage(lr=2e-5, betas=[0.9, 0.95], steps=16_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL, short=0.5),
 }  # fmt: skip
-MODULES = {  # how the names of their parameters begin; the VLM and the VAE never train
+MODULES = {  # how the names of their parameters begin
     "connectors": "mm_encoder.connector", "learnable tokens": "mm_encoder.metaquery", "MMDiT": "transformer.",
+    "VAE": "vae.", "VLM": "mm_encoder.mm_encoder.", "native text": "native_text.",
 }  # fmt: skip
 
 
@@ -102,7 +117,7 @@ def make_stage(number, config, arguments):
     stage = deepcopy(STAGES[number])
     stage.mixture = dict(MIXTURES[number])
     check_known("config field", [f"training.{n}" for n in config.training], [f"training.{n}" for n in STAGES])
-    override(stage, config.training.get(str(number), {}), f"training.{number}.")
+    override(stage, config.training.get(number, {}), f"training.{number}.")
     given = {f.name: arguments.get(f.name) for f in fields(Stage)}
     override(stage, {name: value for name, value in given.items() if value is not None}, "--")
     check_known("task", stage.mixture, TASKS)
@@ -112,8 +127,10 @@ def make_stage(number, config, arguments):
         raise InputError("field 'mixture' should be shares, none below 0 and not all of them 0")
     if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
         raise InputError("field 'betas' should be two numbers from 0 to below 1")
-    if min(stage.lr, stage.weight_decay, stage.clip, stage.ema, stage.shift) < 0:
-        raise InputError("fields 'lr', 'weight_decay', 'clip', 'ema' and 'shift' should not be below 0")
+    names = ("lr", "weight_decay", "clip", "ema", "shift", "short", "drop", "warmup", "cooldown")
+    for name in names:
+        if getattr(stage, name) < 0:
+            raise InputError(f"field '{name}' should not be below 0")
     return stage
 
 
@@ -152,15 +169,21 @@ TASKS = {
     # Proxy tasks (appendix B): the image again, seen by the VLM only; image i of k again.
     "reconstruction": Task("copy", (1,), framed=True),
     "selection": Task("copy", (2, 3), framed=True),
+    # Stage 0 only: what the VLM learns to put into words, see `describe`.
+    "look": Task("look", (1, 2, 3)),
+    "watch": Task("look", (0,), video=True, clip=True),
+    "rewrite": Task("rewrite", (0,)),
 }
 MIXTURES = {  # the shares are ours: figure 6 shows the paper's as a drawing only
-    1: {"t2i": 0.4, "t2v": 0.4, "reconstruction": 0.2},
-    2: {"t2i": 0.4, "t2v": 0.4, "selection": 0.2},
-    3: {"t2i": 0.05, "t2v": 0.05, "i2v": 0.1, "motion": 0.05}
+    "0-vae": {"t2i": 0.4, "t2v": 0.6},
+    "0-vlm": {"look": 0.25, "watch": 0.15, "rewrite": 0.1, "t2i": 0.05, "t2v": 0.05, "i2v": 0.05, "motion": 0.05}
+    | {"ti2i": 0.1, "ti2i_ref": 0.05, "ti2v": 0.05, "tv2v": 0.05, "tiv2v": 0.05},
+    "0-mmdit": {"t2i": 0.5, "t2v": 0.5},
+    "1": {"t2i": 0.4, "t2v": 0.4, "reconstruction": 0.2},
+    "2": {"t2i": 0.4, "t2v": 0.4, "selection": 0.2},
+    "3": {"t2i": 0.05, "t2v": 0.05, "i2v": 0.1, "motion": 0.05}
     | {"ti2i": 0.2, "ti2i_ref": 0.15, "ti2v": 0.15, "tv2v": 0.15, "tiv2v": 0.1},
 }
-SHORT = {1: 0.0, 2: 0.5, 3: 0.5}  # share of prompts in their short form (2.3); the numbers are ours
-DROP = 0.1  # probability to drop the text, the images, the video: each on its own (appendix B)
 
 
 @dataclass
@@ -172,6 +195,7 @@ class Batch:
     short_prompts: list
     references: list  # References of batch size B: images, then the video
     target: Tensor  # [B, 3, T, H, W] in [-1, 1]
+    answers: list = field(default_factory=list)  # the target in words; the toy world has them
     keys: list = field(default_factory=list)  # for each sample, what its noise and its dropout are drawn from
     broken: list = field(default_factory=list)  # (line, problem) of unreadable samples that these replace
 
@@ -188,19 +212,19 @@ def frames_that_fit(frames, latent_frames, images, video):
     return max(5, min(frames, 4 * (most - 1) + 1))
 
 
-def drop_conditions(batch, seed, step, short):
+def drop_conditions(batch, seed, step, short, drop):
     """Choose long or short prompts, and drop conditions for classifier-free guidance (appendix B).
 
     Text is decided for each sample; images and video for the whole step, in all processes alike, so that they
-    have equally much to do. short: the share of short prompts."""
+    have equally much to do. short: the share of short prompts. drop: the probability to drop each."""
     shared = chance(seed, step, "references")
-    no_images, no_video = shared.random() < DROP, shared.random() < DROP
+    no_images, no_video = shared.random() < drop, shared.random() < drop
     references = [r for r in batch.references if not (no_video if r.is_video else no_images)]
     prompts = []
     for key, long, brief in zip(batch.keys, batch.prompts, batch.short_prompts):
         own = chance(*key, "text")
         text = brief if own.random() < short else long
-        prompts.append("" if own.random() < DROP else text)
+        prompts.append("" if own.random() < drop else text)
     return replace(batch, prompts=prompts, references=references)
 
 
@@ -285,6 +309,15 @@ def trace(item, time):
     return x + item.jitter[0] + time * dx, y + item.jitter[1] + time * dy, SIZES[item.size] + time * dr
 
 
+def describe(scene, clip):
+    """The scene in words, always the same ones: what the VLM learns to answer. Objects in reading order."""
+    sentences = [f"{'A video' if clip else 'An image'} on a {scene.background} background."]
+    for item in sorted(scene.objects, key=lambda item: [*CELLS].index(item.cell)):
+        place = f"starts at the {item.cell} and is {item.motion}" if clip else f"is at the {item.cell}"
+        sentences.append(f"A {item.size} {item.color} {item.shape} {place}.")
+    return " ".join(sentences)
+
+
 def is_clear(objects):
     """True if no two objects come near each other in any of nine frames."""
     for (a, b), frame in product(combinations(objects, 2), range(9)):
@@ -309,12 +342,14 @@ class Teller(random.Random):
         offset = (self.uniform(-jitter, jitter), self.uniform(-jitter, jitter))
         return Object(self.choice([*SHAPES]), self.choice([*COLORS]), size, cell, motion, offset)
 
-    def scene(self, count, clip=False, jitter=2):
-        """Objects that keep apart, no two of the same shape and colour."""
+    def scene(self, count, clip=False, jitter=2, alike=False):
+        """Objects that keep apart: no two of the same shape and colour, or all `alike`."""
         motions = [*MOTIONS] if clip else ["standing still"]
         while True:
             objects = [self.object(self.choice(motions), jitter) for _ in range(count)]
-            if is_clear(objects) and len({item[:2] for item in objects}) == count:
+            if alike:
+                objects = [Object(*objects[0][:3], *item[3:]) for item in objects]
+            if is_clear(objects) and len({item[:2] for item in objects}) == (1 if alike else count):
                 return Scene(self.choice([*BACKGROUNDS]), objects)
 
     def place(self, name, item, clip):
@@ -326,18 +361,32 @@ class Teller(random.Random):
 
     def caption(self, images, clip):
         """Text -> image or video. With an image, which is the first frame: image -> video."""
-        scene = self.scene(self.randint(1, 2 if clip else 3), clip)
+        kind = self.choice(["", "", "counting", "position"]) if not clip else ""
+        number = {"": self.randint(1, 2 if clip else 3), "counting": self.randint(2, 3), "position": 2}[kind]
+        scene = self.scene(number, clip, alike=kind == "counting")
         ground, article = f"a {scene.background} background", self.choice(["", "a ", "the "])
         sentences, names = [self.say(f"{'A video' if clip else 'An image'} [on|with] {ground}.")], []
         for item in scene.objects:
             sentences.append(self.place(f"A {item.size} {item.color} {item.shape}", item, clip))
             action = MOTIONS[item.motion].does if images else item.motion
-            detail = f" {action}" if clip else f"[ at the {item.cell}||]"
+            detail = f" {action}" if clip else "" if kind else f"[ at the {item.cell}||]"
             names.append(f"{article}[{item.size} |]{item.color} {item.shape}{detail}")
-        prompt, short = " ".join(sentences), self.say(" and ".join(names) + f"[ on {ground}|]")
+        short = " and ".join(names)
+        if kind == "counting":
+            plural = f"{item.color} {item.shape}{'es' if item.shape == 'cross' else 's'}"
+            short = f"{['two', 'three'][number - 2]} [{item.size} |]{plural}"
+        if kind == "position":
+            short = f"{names[0]} {self.relation(*scene.objects)} {names[1]}"
+        prompt, short = " ".join(sentences), self.say(f"{short}[ on {ground}|]")
         if images:
             prompt = self.choice([prompt, f"Animate Image 1: {short}."])
-        return Sample("", prompt, short, [scene] * images, None, scene)
+        return Sample(kind, prompt, short, [scene] * images, None, scene)
+
+    def relation(self, first, second):
+        """Where the first object is, seen from the second."""
+        (x, y, _), (u, v, _) = trace(first, 0), trace(second, 0)
+        true = {"left of": u - x, "right of": x - u, "above": v - y, "below": y - v}
+        return self.choice([words for words, distance in true.items() if distance > 8])
 
     def edit(self, images, clip):
         """The video or the last image, changed as told or as another image shows. Replacing keeps size."""
@@ -403,6 +452,20 @@ class Teller(random.Random):
         text = self.say("[Move|Animate] the object of Image 1 [as|like the object] in Video 1.")
         return Sample("", text, "Image 1 moves as in Video 1.", [scene], video, scene)
 
+    def look(self, images, clip):
+        """One of the images, or the video, to put into words."""
+        shown = [self.scene(self.randint(0, 2 if clip else 3), clip) for _ in range(images or 1)]
+        number = self.randrange(len(shown))
+        text = "Describe Video 1." if clip else f"Describe Image {number + 1}."
+        video, shown = (shown[0], []) if clip else (None, shown)
+        return Sample("", text, text, shown, video, video or shown[number])
+
+    def rewrite(self, images, clip):
+        """A short prompt, to make a long one of."""
+        sample = self.caption(0, clip)
+        text = REWRITE_PROMPT + sample.short_prompt
+        return sample._replace(prompt=text, short_prompt=text)
+
     def copy(self, images, clip):
         """One of the images again."""
         shown = [self.scene(self.randint(1, 3)) for _ in range(images)]
@@ -430,7 +493,8 @@ class ToyWorld(Source):
             shown.append(self.render([s.video for s in samples], frames, device))
         references = [reference_of(pixels, self.config.vision) for pixels in shown]
         target = self.render([s.target for s in samples], frames if clip else 1, device)
-        return Batch(task, [s.prompt for s in samples], [s.short_prompt for s in samples], references, target)
+        texts = [s.prompt for s in samples], [s.short_prompt for s in samples]
+        return Batch(task, *texts, references, target, [describe(s.target, clip) for s in samples])
 
     def render(self, scenes, frames, device):
         """B scenes -> [B, 3, T, H, W] in [-1, 1]. Objects do not overlap, so each adds its own difference."""
@@ -451,6 +515,16 @@ class ToyWorld(Source):
             coverage = (0.5 - edge((pixel - x).abs(), pixel[:, None] - y, r)).clamp(0, 1)  # [N, T, H, W]
             canvas.index_add_(0, index, coverage[:, None] * (color - ground[index]))
         return canvas / 127.5 - 1
+
+
+def toy_tokenizer():
+    """A tokenizer to which each word of the toy world is one token."""
+    teller, texts = Teller("words"), [SYSTEM_PROMPT, REWRITE_PROMPT, "system\nuser\nassistant\n", "<0.1 seconds>"]
+    for task in TASKS.values():
+        for _ in range(300):
+            sample = getattr(teller, task.script)(max(task.images), task.clip)
+            texts += [sample.prompt, sample.short_prompt, describe(sample.target, task.clip)]
+    return byte_tokenizer(texts=texts)
 
 
 def reference_of(pixels, config):
@@ -646,6 +720,9 @@ def fit(frames, area, framed):
 # ----------------------------------------------------------------------------------------------------------
 
 
+KL = 3e-5  # weight of the posterior's distance to the normal distribution, against the squared error
+
+
 def draw_noise(keys, shape):
     """Uniform times [B] and noise [B, *shape]: for each sample from a generator of its own."""
     times, noises = [], []
@@ -656,32 +733,93 @@ def draw_noise(keys, shape):
     return torch.stack(times), torch.stack(noises)
 
 
+class NativeText(nn.Module):
+    """The text encoder that the tiny text-to-video model is born with: a table of words and one of places. It
+    is thrown away after stage 0, so that stage 1 has to align the VLM with the model (2.3)."""
+
+    def __init__(self, config, tokenizer, length=256):
+        super().__init__()
+        self.tokenizer, self.start = tokenizer, tokenizer.token_to_id("<|im_start|>")
+        self.words = nn.Embedding(config.text.vocab_size, config.mmdit.text_embed_dim)
+        self.places = nn.Embedding(length, config.mmdit.text_embed_dim)
+
+    def forward(self, prompts):
+        """B texts -> Condition."""
+        ids = [[self.start, *encoding.ids] for encoding in self.tokenizer.encode_batch(prompts)]
+        lengths, device = torch.tensor([len(row) for row in ids]), self.words.weight.device
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
+        places = torch.arange(ids.shape[1], device=device)
+        return Condition(self.words(ids) + self.places(places), places < lengths.to(device)[:, None], [], [])
+
+
 class Objective(nn.Module):
     """From a batch to its losses. DDP or FSDP wraps this module: only inside it are sharded weights whole."""
 
-    def __init__(self, vino, shift):
+    def __init__(self, vino, name, shift):
         super().__init__()
-        self.vino, self.shift = vino, shift
+        self.vino, self.name, self.shift = vino, name, shift
         self.autocast = None  # bfloat16 over float32 weights, where FSDP does not see to it
+        if name == "0-mmdit":
+            self.native_text = NativeText(vino.config, vino.mm_encoder.tokenizer)
 
-    def forward(self, batch, picture_steps=0):
-        """Rectified flow on the target's tokens -> the loss of each sample, [B]. With `picture_steps`: what
-        the model makes of the conditions, without guidance -> pixels [B, 3, T, H, W]."""
+    def forward(self, batch):
+        """The loss of each sample, [B]."""
         with torch.autocast(batch.target.device.type, self.autocast, enabled=self.autocast is not None):
-            with torch.no_grad():
-                data = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
-                references = [self.vino.encode(reference) for reference in batch.references]
-            u, noise = (x.to(data.device) for x in draw_noise(batch.keys, data.shape[1:]))
-            # Reconstruction bypasses the VAE: the MMDiT has to find the image in what the VLM says.
-            vae_branch = batch.task != "reconstruction"
-            condition = self.vino.mm_encoder(batch.prompts, references, vae_branch)
+            return {"0-vae": self.autoencoding, "0-vlm": self.captioning}.get(self.name, self.flow)(batch)
 
-            def velocity(x, t):
-                return self.vino.velocity(x, t, condition)
+    def autoencoding(self, batch):
+        """The VAE's: squared error, and a little of the posterior's distance to the normal distribution."""
+        vae = self.vino.vae
+        mean, log_variance = (part.float() for part in vae.moments(batch.target))
+        noise = draw_noise(batch.keys, mean.shape[1:])[1].to(mean.device)
+        output = vae.decode((mean + noise * (log_variance / 2).exp()) * vae.config.scaling_factor)
+        surplus = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
+        return (output.float() - batch.target).square().flatten(1).mean(1) + KL * surplus.flatten(1).mean(1)
 
-            if picture_steps:
-                return self.vino.vae.decode(sample(velocity, noise, picture_steps, self.shift)).float()
-            return flow_loss(velocity, data, noise, u, self.shift)
+    def captioning(self, batch):
+        """The VLM's: next-token cross-entropy of the answer."""
+        vlm = self.vino.mm_encoder
+        references = [EncodedReference(None, *vlm.look(r), r.grid, r.is_video) for r in batch.references]
+        prompts, end = [], vlm.tokenizer.token_to_id("<|im_end|>")
+        answers = [[*vlm.tokenizer.encode(text).ids, end] for text in batch.answers]
+        for text, answer in zip(batch.prompts, answers):
+            prompts.append(continued(build_prompt(vlm.tokenizer, text, references, vlm.merge), answer))
+        most, device = max(map(len, answers)), batch.target.device
+        last = vlm.run(prompts, references, DynamicCache())[0][:, -most - 1 : -1]
+        ignored = [[-100] * (most - len(answer)) + answer for answer in answers]  # padding and prompt
+        wanted = torch.tensor(ignored).to(device)
+        losses = F.cross_entropy(vlm.mm_encoder.lm_head(last).mT.float(), wanted, reduction="none")
+        return losses.sum(1) / (wanted >= 0).sum(1)
+
+    def flow(self, batch):
+        """Rectified flow on the target's tokens (appendix B)."""
+        with torch.no_grad():
+            data = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
+        u, noise = (x.to(data.device) for x in draw_noise(batch.keys, data.shape[1:]))
+        return flow_loss(partial(self.vino.velocity, condition=self.condition(batch)), data, noise, u, self.shift)
+
+    def condition(self, batch):
+        if hasattr(self, "native_text"):
+            return self.native_text(batch.prompts)
+        references = [self.vino.encode(reference) for reference in batch.references]
+        # Reconstruction bypasses the VAE: the MMDiT has to find the image in what the VLM says.
+        return self.vino.mm_encoder(batch.prompts, references, vae_branch=batch.task != "reconstruction")
+
+    def picture(self, batch):
+        """What the model makes of the conditions, without guidance -> pixels [B, 3, T, H, W], and in words."""
+        vino, output, words = self.vino, batch.target, batch.prompts
+        with torch.autocast(batch.target.device.type, self.autocast, enabled=self.autocast is not None):
+            latents = vino.vae.encode(batch.target)
+            if self.name == "0-vae":
+                output = vino.vae.decode(latents)
+            elif self.name == "0-vlm":
+                references = [vino.encode(reference) for reference in batch.references]
+                words = vino.mm_encoder.answer(batch.prompts, references)
+            else:
+                velocity = partial(vino.velocity, condition=self.condition(batch))
+                noise = draw_noise(batch.keys, latents.shape[1:])[1].to(latents.device)
+                output = vino.vae.decode(sample(velocity, noise, PICTURE_STEPS, self.shift))
+        return output.float(), words
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -886,17 +1024,17 @@ class Trainer:
     def set_up(self):
         """The module to train, its parameters by name, AdamW, and the averaged weights."""
         args, stage, transformer = self.args, self.stage, self.vino.transformer
-        prefixes = tuple(MODULES[name] for name in stage.trainable)
-        for name, p in self.vino.named_parameters():  # table 1's last row; the ablated queries are empty
-            unused = name.startswith("transformer." + MMDiT.UNUSED) or p.numel() == 0
-            p.requires_grad_(name.startswith(prefixes) and not unused)
         transformer.checkpointing = stage.checkpointing
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         for block in blocks if args.compile else ():
             block.compile()
-        self.objective = Objective(self.vino, stage.shift)
+        self.objective = Objective(self.vino, args.stage, stage.shift).to(self.device)
+        prefixes = tuple(MODULES[name] for name in stage.trainable)
+        for name, p in self.named_parameters():  # table 1's last row; the ablated queries are empty
+            unused = name.startswith("transformer." + MMDiT.UNUSED) or p.numel() == 0
+            p.requires_grad_(name.startswith(prefixes) and not unused)
         self.model = distribute(self.objective, blocks, args.shard, self.dtype)
-        self.parameters = {name: p for name, p in self.vino.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         rule = {"lr": stage.lr, "betas": stage.betas, "weight_decay": stage.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), **rule)
         for p in self.parameters.values():  # from the start, so that a checkpoint can be read into it
@@ -904,6 +1042,10 @@ class Trainer:
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
         home = torch.device("cpu") if args.ema_on_host else self.device
         self.ema = {name: p.detach().clone().to(home) for name, p in self.parameters.items() if stage.ema}
+
+    def named_parameters(self):
+        """Of the model, under its own names, and of the native text encoder."""
+        return [(name.removeprefix("vino."), p) for name, p in self.objective.named_parameters()]
 
     def train(self):
         """All steps that are left, then the export. Returns the exit status."""
@@ -944,7 +1086,10 @@ class Trainer:
         norm = self.clip_gradients()
         loss, signals, unreadable = sums(float(loss) / world(), self.signal, len(broken))
         finite = math.isfinite(loss) and math.isfinite(norm)
+        lr = self.learning_rate()
         if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             self.optimizer.step()
             self.update_ema()
         self.optimizer.zero_grad()
@@ -952,13 +1097,18 @@ class Trainer:
         if unreadable:
             self.report(broken)
         seconds, mib = time.perf_counter() - begin, peak_memory(self.device)
-        record = {"step": self.step, "task": task, "skipped": not finite, "lr": self.stage.lr}
+        record = {"step": self.step, "task": task, "skipped": not finite, "lr": lr}
         record |= {"loss": loss, "grad_norm": norm} if finite else {"loss": None, "grad_norm": None}
         self.log(record | {"samples": samples, "seconds": seconds, "peak_mib": mib})
         speed = f"{samples / seconds:.1f} samples/s, {mib / 1024:.1f} GiB"
         bar.set_postfix_str(f"{task} loss {loss:.4f}, |g| {norm:.2f}, {speed}" + ", skipped" * (not finite))
         bar.update()
         return signals > 0 or self.failed >= 10
+
+    def learning_rate(self):
+        stage = self.stage
+        left = stage.steps - self.step + 1
+        return stage.lr * min(1, self.step / max(1, stage.warmup), left / max(1, stage.cooldown))
 
     def draw_task(self):
         """The step's task: drawn by the first process, for all, so that they do equal work (appendix B)."""
@@ -981,7 +1131,7 @@ class Trainer:
         batch = self.source.collate(task, samples, self.device)
         first = (micro * world() + rank()) * size
         batch.keys = [(args.seed, self.step, number) for number in range(first, first + size)]
-        return drop_conditions(batch, args.seed, self.step, SHORT[args.stage])
+        return drop_conditions(batch, args.seed, self.step, self.stage.short, self.stage.drop)
 
     def clip_gradients(self):
         """Clip the gradient's norm, and return it. What a task does not use gets a gradient of zero, so that
@@ -1052,9 +1202,9 @@ class Trainer:
                     self.report(batch.broken)
                 parts.append(self.objective(batch).item())
                 if number == 0:
-                    output = self.objective(batch, PICTURE_STEPS)
+                    output, words = self.objective.picture(batch)
                     shown = [*[r.pixels for r in batch.references], batch.target, output]
-                    rows.append((f"{task}: {batch.prompts[0]}", [panels(pixels[0]) for pixels in shown]))
+                    rows.append((f"{task}: {words[0]}", [panels(pixels[0]) for pixels in shown]))
             losses[task] = sum(parts) / len(parts)
         self.log({"step": self.step, "validation": losses})
         if rank() == 0:
@@ -1069,6 +1219,8 @@ class Trainer:
         """One file for `sample.py --weights` and the next stage: averaged weights where there are any, in the
         type that the model computes in. And the curves."""
         tensors, path = {}, self.out / "final.safetensors"
+        if self.args.stage == "0-vae":
+            self.vino.config.vae.scaling_factor *= self.spread()
         for name, tensor in self.vino.saved_tensors().items():  # every process gathers, the first one keeps
             tensor = whole(self.ema.get(name, tensor).detach().to(self.device))
             if rank() == 0:
@@ -1083,6 +1235,15 @@ class Trainer:
             if records:
                 loss_curves(records).save(self.out / "loss.png")
         say(f"wrote {path}: python sample.py --weights {path}")
+
+    @torch.no_grad()
+    def spread(self):
+        """One over the standard deviation of the latents."""
+        latents = []
+        for task in self.tasks:
+            drawn = [self.source.draw(task, 0, -1 - number) for number in range(64)]
+            latents.append(self.vino.vae.encode(self.source.collate(task, drawn, self.device).target).flatten())
+        return 1 / torch.cat(latents).float().std().item()
 
     def on_signal(self, number, frame):
         """Finish the step, save and stop. A second signal does what it always does."""
@@ -1103,21 +1264,35 @@ def start_device(dtype):
 
 
 def default_weights(stage, out):
-    """The export of the stage before, beside `out`; else the repository's tiny weights; else random ones."""
-    paths = out.parent / f"stage{stage - 1}" / "final.safetensors", HERE / "assets" / "tiny.safetensors"
-    return next((path for path in paths if path.exists()), "random")
+    """The export of the stage before, beside `out`; else the repository's tiny weights."""
+    earlier = [*STAGES][: [*STAGES].index(stage)][-1:]
+    paths = [out.parent / f"stage{name}" / "final.safetensors" for name in earlier]
+    return next((path for path in paths if path.exists()), TINY) if earlier else "random"
 
 
 def build(args, weights, device, dtype):
     """The model that the run starts from. The ablations (3.4) take away what its weights may have."""
     path = args.config or (HERE / "tiny_config.json" if weights == "random" else None)
     vino = Vino.load(weights, Config.from_file(path) if path else None, device, dtype)
+    if args.stage.startswith("0-") and weights == "random":
+        vino.mm_encoder.tokenizer = toy_tokenizer()
+        quieten(vino)
     if args.no_queries:
         vino.config.num_queries = 0
         vino.mm_encoder.metaquery = nn.Parameter(vino.mm_encoder.metaquery[:0].detach().clone())
     if args.no_boundary_tokens:
         vino.config.boundary_tokens = vino.mm_encoder.boundary_tokens = False
     return vino
+
+
+@torch.no_grad()
+def quieten(vino):
+    """Residual branches add nothing at first: their last matrix is zero, or their gate is. And no velocity."""
+    ends = ("conv2.conv", "attentions.0.to_out.0", "o_proj", "down_proj", "attn.proj", "mlp.linear_fc2")
+    for name, module in vino.named_modules():
+        if name.endswith((*ends, "transformer.proj_out")) or isinstance(module, Modulation):
+            for parameter in module.parameters():
+                parameter.zero_()
 
 
 def positive(text):
@@ -1130,7 +1305,8 @@ def positive(text):
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add, flag = parser.add_argument, {"action": "store_true"}
-    add("--stage", type=int, required=True, choices=STAGES, help="column of table 1")
+    stages = "column of table 1; 0 makes the tiny model that the others start from, in the three steps 0-..."
+    add("--stage", required=True, choices=["0", *STAGES], help=stages)
     start = "a .safetensors, a folder of public weights, 'hub' or 'random'"
     add("--weights", help=f"{start}; by default the export of the stage before, else assets/tiny.safetensors")
     add("--config", help="JSON of a Config; by default the weights' own")
@@ -1160,15 +1336,30 @@ def parse_arguments(arguments):
     return parser.parse_args(arguments)
 
 
+def parts(args):
+    """The runs that the command asks for: one, or stage 0's three, each from what the one before has made."""
+    if args.stage == "0":
+        folder, weights = args.out or "runs/stage0", args.weights
+        for name in [*STAGES][:3]:
+            args.stage, args.out = name, folder + name[1:]
+            args.weights, weights = weights, f"{args.out}/final.safetensors"
+            yield args
+    else:
+        yield args
+
+
 def main(arguments=None):
     args = parse_arguments(arguments)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
     try:
-        trainer = Trainer(args)
-        try:
-            status = trainer.train()
-        finally:
-            trainer.streams.clear()  # end the loaders' processes first: they hold NCCL's connections open
+        for args in parts(args):
+            trainer = Trainer(args)
+            try:
+                status = trainer.train()
+            finally:
+                trainer.streams.clear()  # end the loaders' processes first: they hold NCCL's connections open
+            if status:
+                break
     except InputError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

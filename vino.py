@@ -19,8 +19,8 @@ import math
 import pickle
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import partial
-from itertools import groupby, pairwise
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 
 class InputError(ValueError):
@@ -217,12 +218,15 @@ SPECIAL_TOKENS = (
 ).split()
 
 
-def byte_tokenizer(special_tokens=SPECIAL_TOKENS):
-    """A tokenizer without a file, for tiny models: the 256 bytes (their printable symbols, sorted), then the
-    special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def byte_tokenizer(special_tokens=SPECIAL_TOKENS, texts=()):
+    """A tokenizer without a file, for tiny models: the 256 bytes (their printable symbols, sorted), each word
+    of `texts` as a whole, then the special tokens."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(split.alphabet())
+    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
+    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, *sorted(words.difference(alphabet))])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])
     return tokenizer
@@ -397,28 +401,50 @@ class Prompt:
 def build_prompt(tokenizer, text, references, merge):
     """Figure 4: system line, images, video, text. `references` need `grid` and `is_video`; `merge` is the
     VLM's spatial_merge_size. Text stays text: a special token spelled in it is not one."""
+    head, rest = prompt_head(tokenizer, tuple((r.grid, r.is_video) for r in references), merge)
+    tokenizer.encode_special_tokens = True
+    ids = tokenizer.encode(rest + text, add_special_tokens=False).ids
+    im_start, im_end = map(tokenizer.token_to_id, ("<|im_start|>", "<|im_end|>"))
+    newline, answer = (tokenizer.encode(part, add_special_tokens=False).ids for part in ("\n", "assistant\n"))
+    return continued(head, [*ids, im_end, *newline, im_start, *answer])
+
+
+def continued(prompt, ids):
+    """The Prompt with more text behind it."""
+    positions = prompt.positions.max() + 1 + torch.arange(len(ids))
+    positions = torch.cat([prompt.positions, positions.expand(3, -1)], 1)
+    return Prompt(prompt.ids + ids, positions, prompt.starts, prompt.ends)
+
+
+@lru_cache(maxsize=64)  # a batch's prompts have it in common
+def prompt_head(tokenizer, references, merge):
+    """What stands before a prompt's own text: a Prompt, and the text between its end and the own one, with
+    which that is tokenised as one. references: (grid, is_video) of each."""
 
     def special(name, h=1, w=1):
         return (tokenizer.token_to_id(f"<|{name}|>"), h, w)
 
     im_start, im_end, start, end = map(special, ("im_start", "im_end", "vision_start", "vision_end"))
-    pieces = [im_start, f"system\n{SYSTEM_PROMPT}", im_end, "\n", im_start, "user\n"]
-    for number, reference in enumerate(references, 1):
-        t, h, w = reference.grid[0], reference.grid[1] // merge, reference.grid[2] // merge
-        if not reference.is_video:
-            pieces += [f"Image {number}: ", start, special("image_pad", h, w), end]
-            continue
-        pieces.append("Video 1: ")
-        for pair in range(t):  # two frames each; the release's processor assumes 24 frames a second
-            pieces += [f"<{(2 * pair + 0.5) / 24:.1f} seconds>", start, special("video_pad", h, w), end]
-    pieces += [text, im_end, "\n", im_start, "assistant\n"]
+    pieces = [im_start, f"system\n{SYSTEM_PROMPT}", im_end, "\n", im_start]
+    rest = "user\n"
+    for number, ((t, h, w), is_video) in enumerate(references, 1):
+        h, w = h // merge, w // merge
+        if not is_video:
+            pieces += [f"{rest}Image {number}: ", start, special("image_pad", h, w), end]
+        for pair in range(t if is_video else 0):  # two frames each; the release assumes 24 frames a second
+            name = "" if pair else f"{rest}Video 1: "
+            moment = f"{name}<{(2 * pair + 0.5) / 24:.1f} seconds>"
+            pieces += [moment, start, special("video_pad", h, w), end]
+        rest = ""
 
     ids, positions, offset = [], [], 0
     tokenizer.encode_special_tokens = True
-    for is_text, run in groupby(pieces, lambda piece: isinstance(piece, str)):
-        if is_text:  # neighbouring pieces of text are tokenised as one
-            run = [(token, 1, 1) for token in tokenizer.encode("".join(run), add_special_tokens=False).ids]
-        for token, h, w in run:  # a plain token is a 1 x 1 image
+    for piece in pieces:
+        if isinstance(piece, str):
+            tokens = [(token, 1, 1) for token in tokenizer.encode(piece, add_special_tokens=False).ids]
+        else:
+            tokens = [piece]
+        for token, h, w in tokens:  # a plain token is a 1 x 1 image
             ids += [token] * (h * w)
             positions += [(offset, offset + row, offset + column) for row in range(h) for column in range(w)]
             offset += max(h, w)
@@ -426,10 +452,10 @@ def build_prompt(tokenizer, text, references, merge):
     starts = [i for i, x in enumerate(ids) if x == start[0]]
     ends = [i for i, x in enumerate(ids) if x == end[0]]
     first = [0]  # how many start tokens stand before each reference: a video has one per pair of frames
-    for reference in references:
-        first.append(first[-1] + (reference.grid[0] if reference.is_video else 1))
+    for (t, _, _), is_video in references:
+        first.append(first[-1] + (t if is_video else 1))
     starts, ends = [starts[i] for i in first[:-1]], [ends[i - 1] for i in first[1:]]
-    return Prompt(ids, torch.tensor(positions).T, starts, ends)
+    return Prompt(ids, torch.tensor(positions).T, starts, ends), rest
 
 
 def attention_kernels():
@@ -466,13 +492,13 @@ class MultiModalEncoder(nn.Module):
         self.connector_vae_branch = Connector(width, config.mmdit.width)
         self.mm_encoder.requires_grad_(False)
 
-    @torch.no_grad()
     def look(self, reference):
         """The vision tower: features [B, n, D] and, for each deepstack layer, features of that shape."""
-        vision = self.mm_encoder.model.visual
+        vision, (t, h, w) = self.mm_encoder.model.visual, reference.grid
         batch = reference.patches.shape[0]
         patches = reference.patches.flatten(0, 1).to(self.metaquery.device, vision.dtype)
-        output = vision(patches, grid_thw=torch.tensor([reference.grid] * batch, device=patches.device))
+        # Frames neither see nor count each other: B references are the frames of one long video.
+        output = vision(patches, grid_thw=torch.tensor([[batch * t, h, w]], device=patches.device))
         features, deepstack = output[-2], output[-1]  # transformers 5's record ends in transformers 4's pair
         return features.unflatten(0, (batch, -1)), [layer.unflatten(0, (batch, -1)) for layer in deepstack]
 
@@ -488,50 +514,56 @@ class MultiModalEncoder(nn.Module):
         Returns:
             hidden [B, L, D], mask [B, L] or None, and where the boundary tokens are, starts and ends [B, R].
         """
-        device, model = self.metaquery.device, self.mm_encoder.model.language_model
         batch = [build_prompt(self.tokenizer, text, references, self.merge) for text in prompts]
+        pad, cache = self.padding(batch), DynamicCache()
+        with torch.no_grad():
+            hidden, positions, mask = self.run(batch, references, cache)[1:]
+        queries = self.metaquery.to(hidden.dtype).expand(len(batch), -1, -1)
+        # The release starts the queries' positions at the last prompt token's, not one after it.
+        positions = positions[:, :, -1:] + torch.arange(queries.shape[1], device=hidden.device)
+        if queries.shape[1]:
+            mask = mask if mask is None else F.pad(mask, (0, queries.shape[1]), value=True)
+            hidden = torch.cat([hidden, self.language(queries, positions, mask, cache)[1]], 1)
+        edges = torch.tensor([[prompt.starts, prompt.ends] for prompt in batch], dtype=torch.long)
+        starts, ends = (edges + torch.tensor(pad)[:, None, None]).to(hidden.device).unbind(1)
+        return hidden, mask, starts, ends
+
+    def padding(self, batch):
+        """How many tokens stand before each Prompt, so that all end together."""
         length = max(len(prompt.ids) for prompt in batch)
-        pad = [length - len(prompt.ids) for prompt in batch]  # on the left
+        return [length - len(prompt.ids) for prompt in batch]
+
+    def run(self, batch, references, cache):
+        """Run Prompts with their references' features through the language model. Returns its last states and
+        its penultimate ones, both [B, L, D], positions [3, B, L], and mask [B, L] or None."""
+        device, pad = self.metaquery.device, self.padding(batch)
         filler = self.tokenizer.token_to_id("<|endoftext|>")
         ids = torch.tensor([[filler] * n + prompt.ids for n, prompt in zip(pad, batch)], device=device)
         positions = torch.stack([F.pad(prompt.positions, (n, 0)) for n, prompt in zip(pad, batch)], 1)
-        positions = positions.to(device)
-        queries = self.metaquery.to(model.dtype).expand(len(batch), -1, -1)
-        mask = None
+        positions, mask = positions.to(device), None
         if any(pad):
-            ahead = torch.arange(length + queries.shape[1], device=device)
-            mask = ahead >= torch.tensor(pad, device=device)[:, None]
+            mask = torch.arange(ids.shape[1], device=device) >= torch.tensor(pad, device=device)[:, None]
+        embeds, deepstack, where = self.mm_encoder.model.language_model.embed_tokens(ids), None, None
+        if references:
+            pads = [self.tokenizer.token_to_id(name) for name in ("<|image_pad|>", "<|video_pad|>")]
+            where = torch.isin(ids, torch.tensor(pads, device=device))
+            levels = zip(*[[r.features, *r.deepstack] for r in references])
+            features, *deepstack = [
+                torch.cat([part.expand(len(batch), -1, -1) for part in level], 1).flatten(0, 1)
+                for level in levels
+            ]
+            embeds = embeds.masked_scatter(where[..., None], features.to(embeds.dtype))
+        return *self.language(embeds, positions, mask, cache, where, deepstack), positions, mask
 
-        cache = DynamicCache()
-        with torch.no_grad():
-            embeds, deepstack, where = model.embed_tokens(ids), None, None
-            if references:
-                pads = [self.tokenizer.token_to_id(name) for name in ("<|image_pad|>", "<|video_pad|>")]
-                where = torch.isin(ids, torch.tensor(pads, device=device))
-                levels = zip(*[[r.features, *r.deepstack] for r in references])
-                features, *deepstack = [
-                    torch.cat([part.expand(len(batch), -1, -1) for part in level], 1).flatten(0, 1)
-                    for level in levels
-                ]
-                embeds[where] = features.to(embeds.dtype)
-            prompt_mask = None if mask is None else mask[:, :length]
-            hidden = self.penultimate(embeds, positions, prompt_mask, cache, where, deepstack)
-        # The release starts the queries' positions at the last prompt token's, not one after it.
-        positions = positions[:, :, -1:] + torch.arange(queries.shape[1], device=device)
-        if queries.shape[1]:
-            hidden = torch.cat([hidden, self.penultimate(queries, positions, mask, cache)], 1)
-        edges = torch.tensor([[prompt.starts, prompt.ends] for prompt in batch], dtype=torch.long)
-        starts, ends = (edges + torch.tensor(pad)[:, None, None]).to(device).unbind(1)
-        return hidden, mask, starts, ends
-
-    def penultimate(self, embeds, positions, mask, cache, visual_mask=None, deepstack=None):
-        """What enters the language model's last layer. Shapes: embeds [B, L, D], positions [3, B, L]."""
+    def language(self, embeds, positions, mask, cache, visual_mask=None, deepstack=None):
+        """The language model's last states, and the penultimate ones, which enter its last layer. Shapes:
+        embeds [B, L, D], positions [3, B, L], mask [B, all tokens so far]."""
         model, entered = self.mm_encoder.model.language_model, []
         order = cache.get_seq_length() + torch.arange(embeds.shape[1], device=embeds.device)
         order = order.expand(1, embeds.shape[0], -1)  # with this fourth row the mask is plainly causal
         last = model.layers[-1]
         with last.register_forward_pre_hook(lambda _, args: entered.append(args[0])), attention_kernels():
-            model(
+            output = model(
                 inputs_embeds=embeds,
                 position_ids=torch.cat([order, positions]),
                 attention_mask=None if mask is None else mask.long(),
@@ -540,7 +572,7 @@ class MultiModalEncoder(nn.Module):
                 visual_pos_masks=visual_mask,
                 deepstack_visual_embeds=deepstack,
             )
-        return entered[0]
+        return output.last_hidden_state, entered[0]
 
     def forward(self, prompts, references, vae_branch=True):
         """Condition for the MMDiT. With `vae_branch` off the references reach the VLM only (image
@@ -555,16 +587,34 @@ class MultiModalEncoder(nn.Module):
         return Condition(self.connector(hidden.to(weights)), mask, latents, boundaries)
 
     @torch.no_grad()
-    def rewrite(self, prompt, max_new_tokens=200):
-        """Let the VLM expand a short prompt into a long one (the paper's dagger). Greedy, so repeatable."""
-        self.tokenizer.encode_special_tokens = True
-        parts = ["user\n" + REWRITE_PROMPT + prompt, "\n", "assistant\n"]
-        user, newline, answer = [self.tokenizer.encode(part, add_special_tokens=False).ids for part in parts]
-        start, end = map(self.tokenizer.token_to_id, ("<|im_start|>", "<|im_end|>"))
-        ids = torch.tensor([[start, *user, end, *newline, start, *answer]], device=self.metaquery.device)
-        stop = {"max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": end}
-        output = self.mm_encoder.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **stop)
-        return self.tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True).strip()
+    def answer(self, prompts, references=(), max_new_tokens=200):
+        """What the VLM itself says to the prompts and EncodedReferences: B texts. Greedy, so repeatable."""
+        batch = [build_prompt(self.tokenizer, text, references, self.merge) for text in prompts]
+        cache, end, ids = DynamicCache(), self.tokenizer.token_to_id("<|im_end|>"), []
+        last, _, positions, mask = self.run(batch, references, cache)
+        done = torch.zeros(len(batch), dtype=torch.bool, device=last.device)
+        while len(ids) < max_new_tokens and not done.all():
+            ids.append(self.mm_encoder.lm_head(last[:, -1]).argmax(-1).masked_fill(done, end))
+            done |= ids[-1] == end
+            positions = positions.amax((0, 2), keepdim=True).expand(3, -1, 1) + 1
+            mask = mask if mask is None else F.pad(mask, (0, 1), value=True)
+            embeds = self.mm_encoder.model.language_model.embed_tokens(ids[-1][:, None])
+            last = self.language(embeds, positions, mask, cache)[0]
+        rows = torch.stack(ids, 1).tolist()
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+    def rewrite(self, prompt):
+        """Let the VLM expand a short prompt into a long one (the paper's dagger)."""
+        return self.answer([REWRITE_PROMPT + prompt])[0]
+
+
+def frame_attention(attention, x, cu_seqlens, position_embeddings, **_):
+    """The vision tower's attention, for frames of one size [frames * tokens, D]. transformers calls a kernel
+    for each frame; this is one call, which batches of small images need: 128 of them take XXX ms, not XXX."""
+    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+    frames = len(cu_seqlens) - 1
+    return attention.proj(attend(*[part.unflatten(0, (frames, -1)) for part in (q, k, v)]).flatten(0, 1))
 
 
 def build_vlm(config):
@@ -576,7 +626,10 @@ def build_vlm(config):
     text["rope_scaling"] = rope  # transformers 5 calls it rope_parameters, and still takes the old name
     tie = text["tie_word_embeddings"]
     both = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie)
-    return Qwen3VLForConditionalGeneration(both).eval()
+    vlm = Qwen3VLForConditionalGeneration(both).eval()
+    for block in vlm.model.visual.blocks:
+        block.attn.forward = partial(frame_attention, block.attn)
+    return vlm
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1334,6 +1387,7 @@ def read_metadata(path, config):
         raise InputError(f"{path} was not written by this project: its metadata holds no config")
     saved = Config.from_dict(json.loads(metadata["config"]))
     if config:
+        config.vae.scaling_factor = saved.vae.scaling_factor  # is measured in training
         ours, theirs = asdict(config), asdict(saved)
         for section in ("text", "vision", "mmdit", "vae", "num_queries"):
             agree(ours[section], theirs[section], section, path)
