@@ -153,9 +153,6 @@ def choose_weights(args):
     """What --weights and --config mean -> (weights, Config, tokenizer), without reading a tensor."""
     config = Config.from_file(args.config) if args.config else None
     weights = args.weights or str(HERE / "assets" / "tiny.safetensors")
-    if not args.weights and not Path(weights).exists():
-        args.notices.append("assets/tiny.safetensors is missing: random weights instead, so expect noise")
-        weights = "random"
     if weights == "random":
         return weights, config or Config.from_file(HERE / "tiny_config.json"), vino.byte_tokenizer()
     if weights.endswith(".safetensors"):
@@ -333,6 +330,18 @@ def check_writable(path, overwrite):
     partial.unlink()
 
 
+def strange_words(prompt, tokenizer):
+    """The words that a tiny model cannot know. Its tokenizer has one token for each word that it has seen."""
+    if tokenizer.token_to_id("Ġcircle") is None or tokenizer.get_vocab_size() > 1000:
+        return []
+
+    def is_known(word):
+        forms = word.lower(), word.capitalize()
+        return any(len(tokenizer.encode(space + form).ids) == 1 for form in forms for space in ("", " "))
+
+    return [word for word in re.findall("[a-z]+", prompt, re.IGNORECASE) if not is_known(word)]
+
+
 def announce(job):
     """Print what is to be noticed: only after all that could be one line of error."""
     while job.notices:
@@ -344,6 +353,9 @@ def run(job, config, tokenizer, load):
     for path in () if job.explain else job.outputs.values():
         check_writable(path, job.overwrite)
     images, video, size = prepare(job, config)
+    for word in strange_words(job.prompt, tokenizer)[:1]:
+        told = "these weights know coloured shapes only; the README tells how to get the real ones"
+        job.notices.append(f"'{word}' means nothing to this model: {told}")
     announce(job)
     if job.rewrite:
         job.prompt = load().mm_encoder.rewrite(job.prompt) or job.prompt
@@ -427,7 +439,8 @@ def explain(text, references, size, tokenizer, config):
 # train.py imports this file, so it is imported where it is used.
 # ----------------------------------------------------------------------------------------------------------
 
-Part = namedtuple("Part", "row layouts keep score")  # layouts: (task of train.TASKS, number of images)
+# layouts: (task of train.TASKS, number of images); how: a key of `ways`, see `measure`
+Part = namedtuple("Part", "row layouts keep score how", defaults=["generate"])
 Thing = namedtuple("Thing", "shape color x y r")  # what stands in a frame; lengths are the toy world's
 Seen = namedtuple("Seen", "background things ground")  # ground: [64, 64], True where no thing is near
 
@@ -628,6 +641,12 @@ def score_answer(row, sample, answer, target, source):
     return values
 
 
+def score_copy(row, sample, output, target, source):
+    """The autoencoder: how near are the pixels?"""
+    error = (output.clamp(-1, 1) - target).square().mean() / 4
+    return {(row, "PSNR, dB"): -10 * error.clamp(1e-6).log10().item()}
+
+
 def of_kind(kind, *counts):
     """Which samples a row takes: those of a kind whose target has so many objects."""
     return lambda sample: sample.kind == kind and (not counts or len(sample.target.objects) in counts)
@@ -681,12 +700,16 @@ SUITES = {
         Part("clone motion", [("motion", 1)], of_kind(""), score_edit),
     ],
     "understanding": [
-        Part("images", [("look", 1)], of_kind("", 1), score_answer),
-        Part("clips", [("watch", 0)], of_kind("", 1), score_answer),
+        Part("images", [("look", 1)], of_kind("", 1), score_answer, "answer"),
+        Part("clips", [("watch", 0)], of_kind("", 1), score_answer, "answer"),
+    ],
+    "autoencoder": [
+        Part("images", IMAGE, of_kind(""), score_copy, "autoencode"),
+        Part("clips", [("t2v", 0)], of_kind(""), score_copy, "autoencode"),
     ],
 }
 MEANS = {"geneval": "overall", "gedit": "mean", "openve": "mean", "understanding": "mean"}
-BATCH, SHOWN = 50, 2  # samples that are made together; that the picture shows of each part and layout
+BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows of each part and layout
 
 
 def draw_batches(part, samples, world, device):
@@ -707,9 +730,9 @@ def draw_batches(part, samples, world, device):
             yield drawn, batch
 
 
-def measure(suites, samples, world, device, make, tell):
-    """Run suites, `samples` for each row, on a ToyWorld's samples. `make` turns a Batch into pixels
-    [B, 3, T, H, W]; `tell` into the VLM's B answers.
+def measure(suites, samples, world, device, ways):
+    """Run suites, `samples` for each row, on a ToyWorld's samples. `ways` are functions of a Batch:
+    "generate" and "autoencode" give pixels [B, 3, T, H, W], "answer" the VLM's B texts.
 
     Returns: {suite: {(row, column): values}}, and rows for train.contact_sheet."""
     import train
@@ -719,8 +742,8 @@ def measure(suites, samples, world, device, make, tell):
     for suite, part in [(suite, part) for suite in suites for part in SUITES[suite]]:
         bar.set_description(f"{suite}, {part.row}")
         for drawn, batch in draw_batches(part, samples, world, device):
-            answers = tell(batch) if part.score is score_answer else []
-            outputs = answers or make(batch).cpu()
+            outputs = ways[part.how](batch)
+            answers = outputs if part.how == "answer" else []
             targets, references = batch.target.cpu(), [r.pixels.cpu() for r in batch.references]
             sources = references[0 if batch.task == "motion" else -1] if references else targets
             for i, sample in enumerate(drawn):
@@ -782,18 +805,18 @@ def benchmark(args, config, load):
     settings, model = {name: getattr(args, name) for name in names}, load()
     announce(args)
 
-    def make(batch):
-        images = [reference for reference in batch.references if not reference.is_video]
-        video = next((reference for reference in batch.references if reference.is_video), None)
-        size, base = tuple(batch.target.shape[2:]), batch.task == "ti2i_ref"
-        more = {"size": size, "base": base, "seed": batch.keys[0]} | settings
-        return model.generate(batch.prompts, images, video, **more)
+    def generate(batch):
+        return train.generate(model, batch, seed=batch.keys[0], **settings).cpu()
 
-    def tell(batch):
+    def answer(batch):
         return model.mm_encoder.answer(batch.prompts, [*map(model.encode, batch.references)])
 
-    suites = args.benchmark or [*SUITES]
-    results, sheet = measure(suites, args.samples, world, args.device, make, tell)
+    @torch.no_grad()
+    def autoencode(batch):
+        return model.vae.decode(model.vae.encode(batch.target)).float().cpu()
+
+    suites, ways = args.benchmark or [*SUITES], {f.__name__: f for f in (generate, answer, autoencode)}
+    results, sheet = measure(suites, args.samples, world, args.device, ways)
     text = f"`{args.command}`\n{table(results)}\nIn brackets and behind ±: 95% intervals.\n"
     (folder / "benchmark.md").write_text(text)
     room = [Image.new("RGB", (500, 1), "lightsteelblue")]  # for the labels

@@ -85,7 +85,7 @@ class Stage:
     weight_decay: float = 0.01
     clip: float = 1.0  # the gradient's norm
     mixture: dict = field(default_factory=dict)  # task: share; MIXTURES has the defaults
-    short: float = 0.0  # share of prompts in their short form (2.3); the numbers are ours
+    short: float = 0.5  # share of prompts in their short form (2.3); the numbers are ours
     drop: float = 0.1  # probability to drop the text, the images, the video: each on its own (appendix B)
     batch: int = 1  # samples per process: "a local batch size of 1" (3.1)
     checkpointing: bool = True  # of the MMDiT's blocks (3.1)
@@ -96,15 +96,16 @@ class Stage:
 
 ALIGN, ALL = ["connectors", "learnable tokens"], ["connectors", "learnable tokens", "MMDiT"]
 TOY = {"ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "betas": [0.9, 0.99], "checkpointing": False}
-CAPTIONS = TOY | {"drop": 0.1, "short": 0.5, "shift": 3.0}
 STAGES = {
     # Stand-ins for what the paper downloads, in the toy world; the numbers are ours.
-    "0-vae":   Stage(lr=1.5e-3, steps=3_800, cooldown=1_900, batch=48,  shift=1.0, trainable=["VAE"], **TOY),
-    "0-vlm":   Stage(lr=1e-3,   steps=5_000, cooldown=2_500, batch=96,  shift=1.0, trainable=["VLM"], **TOY, short=0.5),
-    "0-mmdit": Stage(lr=1.5e-3, steps=2_800, cooldown=800,   batch=128, trainable=["native text", "MMDiT"], **CAPTIONS),
-    "1": Stage(lr=1e-4, betas=[0.9, 0.99], steps=20_000, ema=0.0,    area=320**2, shift=3.0, trainable=ALIGN),
-    "2": Stage(lr=4e-5, betas=[0.9, 0.95], steps=4_000,  ema=0.9999, area=640**2, shift=5.0, trainable=ALL, short=0.5),
-    "3": Stage(lr=2e-5, betas=[0.9, 0.95], steps=16_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL, short=0.5),
+    "0-vae": Stage(lr=1.5e-3, steps=3_800, cooldown=1_900, shift=1.0, batch=48, trainable=["VAE"], **TOY),
+    "0-vlm": Stage(lr=1e-3, steps=5_000, cooldown=2_500, shift=1.0, batch=96, trainable=["VLM"], **TOY),
+    "0-mmdit": Stage(lr=1.5e-3, steps=2_800, cooldown=800, shift=3.0, batch=128,
+                     trainable=["native text", "MMDiT"], **TOY | {"drop": 0.1}),
+    "1": Stage(lr=1e-4, betas=[0.9, 0.99], steps=20_000, ema=0.0, area=320**2, shift=3.0, trainable=ALIGN,
+               short=0.0),
+    "2": Stage(lr=4e-5, betas=[0.9, 0.95], steps=4_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
+    "3": Stage(lr=2e-5, betas=[0.9, 0.95], steps=16_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
 }  # fmt: skip
 MODULES = {  # how the names of their parameters begin
     "connectors": "mm_encoder.connector", "learnable tokens": "mm_encoder.metaquery", "MMDiT": "transformer.",
@@ -176,8 +177,8 @@ TASKS = {
 }
 MIXTURES = {  # the shares are ours: figure 6 shows the paper's as a drawing only
     "0-vae": {"t2i": 0.4, "t2v": 0.6},
-    "0-vlm": {"look": 0.25, "watch": 0.15, "rewrite": 0.1, "t2i": 0.05, "t2v": 0.05, "i2v": 0.05, "motion": 0.05}
-    | {"ti2i": 0.1, "ti2i_ref": 0.05, "ti2v": 0.05, "tv2v": 0.05, "tiv2v": 0.05},
+    "0-vlm": {"look": 0.25, "watch": 0.15, "rewrite": 0.1, "ti2i": 0.1}
+    | dict.fromkeys(["t2i", "t2v", "i2v", "motion", "ti2i_ref", "ti2v", "tv2v", "tiv2v"], 0.05),
     "0-mmdit": {"t2i": 0.5, "t2v": 0.5},
     "1": {"t2i": 0.4, "t2v": 0.4, "reconstruction": 0.2},
     "2": {"t2i": 0.4, "t2v": 0.4, "selection": 0.2},
@@ -519,7 +520,8 @@ class ToyWorld(Source):
 
 def toy_tokenizer():
     """A tokenizer to which each word of the toy world is one token."""
-    teller, texts = Teller("words"), [SYSTEM_PROMPT, REWRITE_PROMPT, "system\nuser\nassistant\n", "<0.1 seconds>"]
+    teller = Teller("words")
+    texts = [SYSTEM_PROMPT, REWRITE_PROMPT, "system\nuser\nassistant\n", "<0.1 seconds>"]
     for task in TASKS.values():
         for _ in range(300):
             sample = getattr(teller, task.script)(max(task.images), task.clip)
@@ -796,7 +798,8 @@ class Objective(nn.Module):
         with torch.no_grad():
             data = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
         u, noise = (x.to(data.device) for x in draw_noise(batch.keys, data.shape[1:]))
-        return flow_loss(partial(self.vino.velocity, condition=self.condition(batch)), data, noise, u, self.shift)
+        velocity = partial(self.vino.velocity, condition=self.condition(batch))
+        return flow_loss(velocity, data, noise, u, self.shift)
 
     def condition(self, batch):
         if hasattr(self, "native_text"):
@@ -806,7 +809,7 @@ class Objective(nn.Module):
         return self.vino.mm_encoder(batch.prompts, references, vae_branch=batch.task != "reconstruction")
 
     def picture(self, batch):
-        """What the model makes of the conditions, without guidance -> pixels [B, 3, T, H, W], and in words."""
+        """What the model makes of a batch, without guidance -> pixels [B, 3, T, H, W] and B texts."""
         vino, output, words = self.vino, batch.target, batch.prompts
         with torch.autocast(batch.target.device.type, self.autocast, enabled=self.autocast is not None):
             latents = vino.vae.encode(batch.target)
@@ -946,29 +949,81 @@ def contact_sheet(rows):
     return sheet
 
 
-def loss_curves(records, width=900, height=500):
-    """A picture of each task's training loss: running means over a fiftieth of its steps, on a log scale."""
+def chart(curves, title, width=900, height=400):
+    """A picture of curves {label: (steps, values)}: running means over a fiftieth of each, on a log scale."""
     picture = Image.new("RGB", (width, height), "white")
-    draw, last = ImageDraw.Draw(picture), records[-1]["step"]
-    losses = np.log10([record["loss"] for record in records])
-    low, high = losses.min() - 0.02, losses.max() + 0.02
+    draw, last = ImageDraw.Draw(picture), max(steps[-1] for steps, _ in curves.values())
+    logs = {label: np.log10(np.maximum(values, 1e-6)) for label, (_, values) in curves.items()}
+    low, high = min(map(np.min, logs.values())) - 0.02, max(map(np.max, logs.values())) + 0.02
 
-    def points(steps, losses):
-        return [*zip(60 + steps / last * (width - 70), (high - losses) / (high - low) * (height - 40) + 10)]
+    def points(steps, values):
+        return [*zip(60 + steps / last * (width - 70), (high - values) / (high - low) * (height - 40) + 10)]
 
     for tick in np.linspace(low, high, 6):
         left, right = points(np.array([0, last]), np.array([tick, tick]))
         draw.line([left, right], fill="lightgray")
         draw.text((5, left[1] - 6), f"{10**tick:.3g}", fill="black")
-    draw.text((60, height - 18), f"loss, step 1 to {last}", fill="black")
-    tasks = sorted({record["task"] for record in records})
-    for number, task in enumerate(tasks):
-        steps, losses = np.array([(r["step"], np.log10(r["loss"])) for r in records if r["task"] == task]).T
-        window, color = math.ceil(len(losses) / 50), f"hsl({number * 360 // len(tasks)}, 80%, 40%)"
-        means = np.convolve(losses, np.ones(window) / window, "valid")
-        draw.line(points(steps[window - 1 :], means), fill=color, width=2)
-        draw.text((width - 110, 12 + 14 * number), task, fill=color)
+    draw.text((60, height - 18), f"{title}, step 1 to {last}", fill="black")
+    for number, (label, (steps, _)) in enumerate(curves.items()):
+        window, color = math.ceil(len(steps) / 50), f"hsl({number * 360 // len(curves)}, 80%, 40%)"
+        means = np.convolve(logs[label], np.ones(window) / window, "valid")
+        draw.line(points(np.array(steps[window - 1 :]), means), fill=color, width=2)
+        draw.text((width - 110, 12 + 14 * number), label, fill=color)
     return picture
+
+
+def loss_curves(records):
+    """A picture of each task's training loss."""
+    tasks = sorted({record["task"] for record in records})
+    own = {task: [r for r in records if r["task"] == task] for task in tasks}
+    return chart({t: ([r["step"] for r in rs], [r["loss"] for r in rs]) for t, rs in own.items()}, "loss")
+
+
+def compare(runs, path):
+    """Loss and gradient norm of runs {label: folder} as a picture at `path` (figure 8), and as a table of the
+    last half of their steps: means for each task, and the variance of the gradient's norm."""
+    records, pictures = {}, []
+    for label, folder in runs.items():
+        records[label] = [r for r in read_metrics(Path(folder) / "metrics.jsonl") if r.get("loss")]
+    for name, title in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+        curves = {label: ([r["step"] for r in rs], [r[name] for r in rs]) for label, rs in records.items()}
+        pictures.append(chart(curves, title))
+    sheet = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)))
+    for number, picture in enumerate(pictures):
+        sheet.paste(picture, (0, number * picture.height))
+    sheet.save(path)
+    lines = ["| run | task | loss | gradient norm | its variance |", "|---|---|---|---|---|"]
+    for label, own in records.items():
+        late = own[len(own) // 2 :]
+        for task in [*sorted({r["task"] for r in late}), "all"]:
+            losses, norms = zip(*[(r["loss"], r["grad_norm"]) for r in late if task in (r["task"], "all")])
+            told = f"{np.mean(losses):.4f} | {np.mean(norms):.3f} | {np.var(norms):.4f}"
+            lines.append(f"| {label} | {task} | {told} |")
+    return "\n".join(lines)
+
+
+def generate(vino, batch, **settings):
+    """What the model makes of a Batch, with guidance -> pixels [B, 3, T, H, W]."""
+    images = [reference for reference in batch.references if not reference.is_video]
+    size, base = tuple(batch.target.shape[2:]), batch.task == "ti2i_ref"
+    videos = batch.references[len(images) :]
+    return vino.generate(batch.prompts, images, *videos, size=size, base=base, **settings)
+
+
+def gallery(weights, path, device="cpu"):
+    """A picture at `path`: for a held-out sample of each task its references and its target, and what the
+    model in each of the files `weights` makes of it."""
+    models, rows = [Vino.load(file, device=device) for file in weights], []
+    stage, config = make_stage("3", models[0].config, {}), models[0].config
+    world = ToyWorld(stage, config, seed=6)
+    for task in stage.mixture:
+        batch = world.collate(task, [world.draw(task, 1, 1)], torch.device(device))
+        if task in ("t2i", "t2v", "i2v"):
+            batch.prompts = batch.short_prompts
+        outputs = [generate(model, batch, progress=True) for model in models]
+        shown = [*[reference.pixels for reference in batch.references], batch.target, *outputs]
+        rows.append((f"{task}: {batch.prompts[0]}", [panels(pixels[0]) for pixels in shown]))
+    contact_sheet(rows).save(path)
 
 
 def read_metrics(path):
@@ -1242,7 +1297,9 @@ class Trainer:
         latents = []
         for task in self.tasks:
             drawn = [self.source.draw(task, 0, -1 - number) for number in range(64)]
-            latents.append(self.vino.vae.encode(self.source.collate(task, drawn, self.device).target).flatten())
+            latents.append(
+                self.vino.vae.encode(self.source.collate(task, drawn, self.device).target).flatten()
+            )
         return 1 / torch.cat(latents).float().std().item()
 
     def on_signal(self, number, frame):
@@ -1287,7 +1344,7 @@ def build(args, weights, device, dtype):
 
 @torch.no_grad()
 def quieten(vino):
-    """Residual branches add nothing at first: their last matrix is zero, or their gate is. And no velocity."""
+    """Residual branches add nothing at first: their last matrix or their gate is zero. So is the velocity."""
     ends = ("conv2.conv", "attentions.0.to_out.0", "o_proj", "down_proj", "attn.proj", "mlp.linear_fc2")
     for name, module in vino.named_modules():
         if name.endswith((*ends, "transformer.proj_out")) or isinstance(module, Modulation):
