@@ -990,6 +990,18 @@ def test_words_outside_the_toy_world_are_named():
     assert strange("A corgi", byte_tokenizer()) == []  # random weights, or a real VLM
 
 
+def test_the_shipped_weights_are_small_and_their_vae_and_vlm_know_the_toy_world(world, media, capsys):
+    path = HERE / "assets" / "tiny.safetensors"
+    assert path.stat().st_size <= 16 * 2**20
+    call = ["--benchmark", "autoencoder", "understanding", "--samples", "16", "--weights", str(path)]
+    assert sample_py(*call) == 0
+    rows = dict(re.findall(r"^\| (\w+) \| \d+ \| ([\d.]+)", capsys.readouterr().out, re.MULTILINE))
+    assert float(rows["images"]) > 35 and float(rows["clips"]) > 32 and float(rows["mean"]) > 95
+    call = ["--prompt", "a red corgi", "--weights", str(path), "--steps", "1", "--out", "a.png"]
+    assert sample_py(*call) == 0
+    assert "'corgi' means nothing to this model: these weights know" in capsys.readouterr().err
+
+
 def test_a_benchmark_writes_its_table_with_intervals_and_its_picture(media, capsys, monkeypatch):
     curt = functools.partialmethod(vino.MultiModalEncoder.answer, max_new_tokens=4)
     monkeypatch.setattr(vino.MultiModalEncoder, "answer", curt)
@@ -1182,7 +1194,7 @@ def test_each_modality_is_dropped_one_time_in_ten_and_on_its_own():
     seen = Counter()
     for step in range(4000):
         references = [train.Reference(None, None, None, is_video=video) for video in (False, False, True)]
-        batch = train.Batch("tiv2v", ["long"], ["short"], references, None, [(0, step, 0)])
+        batch = train.Batch("tiv2v", ["long"], ["short"], references, None, keys=[(0, step, 0)])
         kept = train.drop_conditions(batch, 0, step, 0.5, 0.1)
         images = sum(not r.is_video for r in kept.references)
         assert images in (0, 2)  # all of them or none
@@ -1491,6 +1503,25 @@ def test_toy_samples_depend_on_their_number_only_and_a_steps_samples_have_one_la
         videos = [r.is_video for r in batch.references]
         assert videos == sorted(videos) and sum(videos) == task.video
         assert len(videos) - sum(videos) in task.images
+
+
+def test_runs_are_compared_in_a_picture_and_a_table(six_steps, tmp_path):
+    text = train.compare({"one": six_steps[1], "other": six_steps[1]}, tmp_path / "both.png")
+    late = [r for r in records(six_steps[1]) if r.get("loss")][3:]
+    losses, norms = [r["loss"] for r in late], [r["grad_norm"] for r in late]
+    told = f"| all | {np.mean(losses):.4f} | {np.mean(norms):.3f} | {np.var(norms):.4f} |"
+    assert f"| one {told}" in text and f"| other {told}" in text
+    assert Image.open(tmp_path / "both.png").size == (900, 800)
+
+
+def test_a_gallery_shows_inputs_target_and_every_models_output(six_steps, tmp_path, monkeypatch):
+    blank = lambda self, prompts, *references, size, **_: torch.zeros(1, 3, *size)  # noqa: E731
+    monkeypatch.setattr(vino.Vino, "generate", blank)
+    export = six_steps[1] / "final.safetensors"
+    train.gallery([export, export], tmp_path / "gallery.png")
+    with Image.open(tmp_path / "gallery.png") as picture:
+        assert picture.height == len(train.MIXTURES["3"]) * (32 + 18)
+        assert picture.width > 10 * 32  # image to video: an image, three frames of target and of each output
 
 
 def test_short_captions_count_and_relate_truly():

@@ -99,7 +99,7 @@ TOY = {"ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "betas": [0.9, 0.9
 STAGES = {
     # Stand-ins for what the paper downloads, in the toy world; the numbers are ours.
     "0-vae": Stage(lr=1.5e-3, steps=3_800, cooldown=1_900, shift=1.0, batch=48, trainable=["VAE"], **TOY),
-    "0-vlm": Stage(lr=1e-3, steps=5_000, cooldown=2_500, shift=1.0, batch=96, trainable=["VLM"], **TOY),
+    "0-vlm": Stage(lr=1e-3, steps=5_600, cooldown=2_800, shift=1.0, batch=32, trainable=["VLM"], **TOY),
     "0-mmdit": Stage(lr=1.5e-3, steps=2_800, cooldown=800, shift=3.0, batch=128,
                      trainable=["native text", "MMDiT"], **TOY | {"drop": 0.1}),
     "1": Stage(lr=1e-4, betas=[0.9, 0.99], steps=20_000, ema=0.0, area=320**2, shift=3.0, trainable=ALIGN,
@@ -764,10 +764,11 @@ class Objective(nn.Module):
         if name == "0-mmdit":
             self.native_text = NativeText(vino.config, vino.mm_encoder.tokenizer)
 
-    def forward(self, batch):
-        """The loss of each sample, [B]."""
+    def forward(self, batch, picture=False):
+        """The loss of each sample, [B]; or, to look at, what `picture` gives."""
+        loss = {"0-vae": self.autoencoding, "0-vlm": self.captioning}.get(self.name, self.flow)
         with torch.autocast(batch.target.device.type, self.autocast, enabled=self.autocast is not None):
-            return {"0-vae": self.autoencoding, "0-vlm": self.captioning}.get(self.name, self.flow)(batch)
+            return self.picture(batch) if picture else loss(batch)
 
     def autoencoding(self, batch):
         """The VAE's: squared error, and a little of the posterior's distance to the normal distribution."""
@@ -811,17 +812,16 @@ class Objective(nn.Module):
     def picture(self, batch):
         """What the model makes of a batch, without guidance -> pixels [B, 3, T, H, W] and B texts."""
         vino, output, words = self.vino, batch.target, batch.prompts
-        with torch.autocast(batch.target.device.type, self.autocast, enabled=self.autocast is not None):
-            latents = vino.vae.encode(batch.target)
-            if self.name == "0-vae":
-                output = vino.vae.decode(latents)
-            elif self.name == "0-vlm":
-                references = [vino.encode(reference) for reference in batch.references]
-                words = vino.mm_encoder.answer(batch.prompts, references)
-            else:
-                velocity = partial(vino.velocity, condition=self.condition(batch))
-                noise = draw_noise(batch.keys, latents.shape[1:])[1].to(latents.device)
-                output = vino.vae.decode(sample(velocity, noise, PICTURE_STEPS, self.shift))
+        latents = vino.vae.encode(batch.target)
+        if self.name == "0-vae":
+            output = vino.vae.decode(latents)
+        elif self.name == "0-vlm":
+            references = [vino.encode(reference) for reference in batch.references]
+            words = vino.mm_encoder.answer(batch.prompts, references)
+        else:
+            velocity = partial(vino.velocity, condition=self.condition(batch))
+            noise = draw_noise(batch.keys, latents.shape[1:])[1].to(latents.device)
+            output = vino.vae.decode(sample(velocity, noise, PICTURE_STEPS, self.shift))
         return output.float(), words
 
 
@@ -1082,7 +1082,7 @@ class Trainer:
         transformer.checkpointing = stage.checkpointing
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         for block in blocks if args.compile else ():
-            block.compile()
+            block.compile(dynamic=True)
         self.objective = Objective(self.vino, args.stage, stage.shift).to(self.device)
         prefixes = tuple(MODULES[name] for name in stage.trainable)
         for name, p in self.named_parameters():  # table 1's last row; the ablated queries are empty
@@ -1257,7 +1257,7 @@ class Trainer:
                     self.report(batch.broken)
                 parts.append(self.objective(batch).item())
                 if number == 0:
-                    output, words = self.objective.picture(batch)
+                    output, words = self.objective(batch, picture=True)
                     shown = [*[r.pixels for r in batch.references], batch.target, output]
                     rows.append((f"{task}: {words[0]}", [panels(pixels[0]) for pixels in shown]))
             losses[task] = sum(parts) / len(parts)
