@@ -1471,7 +1471,9 @@ def test_a_manifest_keeps_line_separators_inside_its_strings(tmp_path):
     assert [entry.prompt for entry in train.read_manifest(tmp_path / "data.jsonl", 4)] == ["one\u2028two"]
 
 
-def test_a_checkpoint_of_another_run_is_refused_by_the_name_of_the_field(config, tmp_path, train_refuses):
+def test_a_checkpoint_of_another_run_is_refused_by_the_name_of_the_field(
+    config, tmp_path, train_refuses, capsys
+):
     run(config, tmp_path, "--steps=1")
     assert "holds a run" in train_refuses(tmp_path)
     assert "field 'stage' does not fit: it is 2 here, and 3" in train_refuses(tmp_path, "--resume", stage="2")
@@ -1482,6 +1484,11 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_name_of_the_field(config,
     (tmp_path / "other.json").write_text(json.dumps(other))
     message = train_refuses(tmp_path, "--resume", config=tmp_path / "other.json")
     assert "'mmdit.num_layers' does not fit: it is 2 here, and 1 in" in message
+    capsys.readouterr()
+    start(config, tmp_path, "--resume", "--lr=0.5")
+    assert "going on with lr 0.5; until here it was 0.001" in capsys.readouterr().err
+    (tmp_path / "checkpoints" / "step_00000001" / "state.json").write_text('{"step": ')
+    assert "state.json is not JSON, or is cut short" in train_refuses(tmp_path, "--resume")
 
 
 @pytest.mark.parametrize("switch", ["--no-queries", "--no-boundary-tokens"])

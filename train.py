@@ -59,7 +59,7 @@ from sample import read_frames, read_image
 from vino import (
     REWRITE_PROMPT, SYSTEM_PROMPT, Condition, Config, EncodedReference, InputError, MMDiT, Modulation,
     Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, continued, flow_loss, letterbox, normalize,
-    override, patchify, sample, to_frames, video_size, vlm_size,
+    override, patchify, read_json, sample, to_frames, video_size, vlm_size,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -1058,7 +1058,7 @@ class Trainer:
         found = complete_checkpoints(self.out / "checkpoints")[-1:]
         if found and not args.resume:
             raise InputError(f"{self.out} holds a run: continue it with --resume, or choose another --out")
-        saved = json.loads((found[0] / "state.json").read_text()) if found else {}
+        saved = read_json(found[0] / "state.json") if found else {}
         self.weights = str(args.weights or saved.get("weights") or default_weights(args.stage, self.out))
         self.vino = build(args, self.weights, self.device, self.dtype)
         self.stage = make_stage(args.stage, self.vino.config, vars(args))
@@ -1232,13 +1232,16 @@ class Trainer:
 
     def save(self):
         state = {"step": self.step, "drawn": self.drawn, "failed": self.failed, "broken": self.broken}
-        state |= {"weights": self.weights, "identity": self.identity()}
+        state |= {"weights": self.weights, "identity": self.identity(), "stage": asdict(self.stage)}
         write_checkpoint(self.out / "checkpoints", self.step, self.tensors(), state, self.args.keep)
 
     def restore(self, path, saved):
         """Continue from a checkpoint, written by any number of processes."""
         for name, value in self.identity().items():
             agree(value, saved["identity"][name], name, path)
+        for name, value in asdict(self.stage).items():
+            if value != saved["stage"][name]:
+                say(f"going on with {name} {value}; until here it was {saved['stage'][name]}")
         dcp.load(self.tensors(), checkpoint_id=path, no_dist=not dist.is_initialized())  # in place
         self.step, self.failed, self.drawn = saved["step"], saved["failed"], self.drawn | saved["drawn"]
         self.broken = {int(line): problem for line, problem in saved["broken"].items()}
