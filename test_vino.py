@@ -348,7 +348,7 @@ def test_answers_are_greedy_and_the_same_alone_and_in_a_batch(tiny, photo):
     assert answers == [encoder.answer([prompt], references, max_new_tokens=6)[0] for prompt in prompts]
     prompt = build_prompt(encoder.tokenizer, prompts[0], references, encoder.merge)
     for _ in range(6):  # without a cache
-        last = encoder.run([prompt], references, DynamicCache())[0][:, -1]
+        last = encoder.prefill([prompt], references, DynamicCache())[0][:, -1]
         prompt = vino.continued(prompt, encoder.mm_encoder.lm_head(last).argmax(-1).tolist())
     assert encoder.tokenizer.decode(prompt.ids[-6:], skip_special_tokens=True).strip() == answers[0]
 
@@ -1157,10 +1157,15 @@ def test_the_answers_loss_is_next_token_cross_entropy_whatever_the_padding(confi
     references = [objective.vino.encode(reference) for reference in batch.references]
     prompt = build_prompt(vlm.tokenizer, batch.prompts[0], references, vlm.merge)
     answer = [*vlm.tokenizer.encode(batch.answers[0]).ids, vlm.tokenizer.token_to_id("<|im_end|>")]
-    states = vlm.run([vino.continued(prompt, answer)], references, DynamicCache())[0][0]
+    states = vlm.prefill([vino.continued(prompt, answer)], references, DynamicCache())[0][0]
     states = states[len(prompt.ids) - 1 : -1]
     expected = torch.nn.functional.cross_entropy(vlm.mm_encoder.lm_head(states), torch.tensor(answer))
     assert torch.allclose(together[0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("switch", ["--data=x.jsonl", "--shard=zero2"])
+def test_stage_0_refuses_what_it_cannot_do(switch, tmp_path, train_refuses):
+    assert f"stage 0 takes no {switch.split('=')[0]}" in train_refuses(tmp_path, switch, stage="0-vlm")
 
 
 def test_the_learning_rate_rises_stays_and_falls(config, tmp_path):

@@ -75,7 +75,7 @@ class Stage:
     """A column of table 1, and below it what the paper does not number. A config's "training" section and the
     command line can change any of it."""
 
-    lr: float  # constant, but for the two fields below
+    lr: float  # constant, but for `warmup` and `cooldown`
     betas: list
     steps: int
     ema: float  # decay; 0 is none
@@ -128,8 +128,7 @@ def make_stage(number, config, arguments):
         raise InputError("field 'mixture' should be shares, none below 0 and not all of them 0")
     if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
         raise InputError("field 'betas' should be two numbers from 0 to below 1")
-    names = ("lr", "weight_decay", "clip", "ema", "shift", "short", "drop", "warmup", "cooldown")
-    for name in names:
+    for name in ("lr", "weight_decay", "clip", "ema", "shift", "short", "drop", "warmup", "cooldown"):
         if getattr(stage, name) < 0:
             raise InputError(f"field '{name}' should not be below 0")
     return stage
@@ -374,8 +373,9 @@ class Teller(random.Random):
             names.append(f"{article}[{item.size} |]{item.color} {item.shape}{detail}")
         short = " and ".join(names)
         if kind == "counting":
-            plural = f"{item.color} {item.shape}{'es' if item.shape == 'cross' else 's'}"
-            short = f"{['two', 'three'][number - 2]} [{item.size} |]{plural}"
+            size, color, shape = (getattr(scene.objects[0], name) for name in ("size", "color", "shape"))
+            plural = f"{color} {shape}{'es' if shape == 'cross' else 's'}"
+            short = f"{['two', 'three'][number - 2]} [{size} |]{plural}"
         if kind == "position":
             short = f"{names[0]} {self.relation(*scene.objects)} {names[1]}"
         prompt, short = " ".join(sentences), self.say(f"{short}[ on {ground}|]")
@@ -788,7 +788,7 @@ class Objective(nn.Module):
         for text, answer in zip(batch.prompts, answers):
             prompts.append(continued(build_prompt(vlm.tokenizer, text, references, vlm.merge), answer))
         most, device = max(map(len, answers)), batch.target.device
-        last = vlm.run(prompts, references, DynamicCache())[0][:, -most - 1 : -1]
+        last = vlm.prefill(prompts, references, DynamicCache())[0][:, -most - 1 : -1]
         ignored = [[-100] * (most - len(answer)) + answer for answer in answers]  # padding and prompt
         wanted = torch.tensor(ignored).to(device)
         losses = F.cross_entropy(vlm.mm_encoder.lm_head(last).mT.float(), wanted, reduction="none")
@@ -803,7 +803,7 @@ class Objective(nn.Module):
         return flow_loss(velocity, data, noise, u, self.shift)
 
     def condition(self, batch):
-        if hasattr(self, "native_text"):
+        if self.name == "0-mmdit":
             return self.native_text(batch.prompts)
         references = [self.vino.encode(reference) for reference in batch.references]
         # Reconstruction bypasses the VAE: the MMDiT has to find the image in what the VLM says.
@@ -1053,6 +1053,10 @@ class Trainer:
     """A run of one stage, with all of its state."""
 
     def __init__(self, args):
+        for name, given in (("--data", args.data), ("--shard", args.shard != "ddp")):
+            # A manifest has no answers for the VLM to learn, and `distribute` does not shard VLM and VAE.
+            if args.stage.startswith("0-") and given:
+                raise InputError(f"stage 0 takes no {name}: it trains small models in the toy world")
         self.args, self.out = args, Path(args.out or f"runs/stage{args.stage}")
         self.device, self.dtype = start_device(args.dtype)
         found = complete_checkpoints(self.out / "checkpoints")[-1:]
@@ -1277,8 +1281,8 @@ class Trainer:
         """One file for `sample.py --weights` and the next stage: averaged weights where there are any, in the
         type that the model computes in. And the curves."""
         tensors, path = {}, self.out / "final.safetensors"
-        if self.args.stage == "0-vae":
-            self.vino.config.vae.scaling_factor *= self.spread()
+        if self.args.stage == "0-vae":  # rectified flow wants latents as wide as its noise
+            self.vino.config.vae.scaling_factor /= self.latent_std()
         for name, tensor in self.vino.saved_tensors().items():  # every process gathers, the first one keeps
             tensor = whole(self.ema.get(name, tensor).detach().to(self.device))
             if rank() == 0:
@@ -1295,15 +1299,14 @@ class Trainer:
         say(f"wrote {path}: python sample.py --weights {path}")
 
     @torch.no_grad()
-    def spread(self):
-        """One over the standard deviation of the latents."""
+    def latent_std(self):
+        """Standard deviation of the latents of held-out samples."""
         latents = []
         for task in self.tasks:
             drawn = [self.source.draw(task, 0, -1 - number) for number in range(64)]
-            latents.append(
-                self.vino.vae.encode(self.source.collate(task, drawn, self.device).target).flatten()
-            )
-        return 1 / torch.cat(latents).float().std().item()
+            target = self.source.collate(task, drawn, self.device).target
+            latents.append(self.vino.vae.encode(target).float().flatten())
+        return torch.cat(latents).std().item()
 
     def on_signal(self, number, frame):
         """Finish the step, save and stop. A second signal does what it always does."""

@@ -515,9 +515,10 @@ class MultiModalEncoder(nn.Module):
             hidden [B, L, D], mask [B, L] or None, and where the boundary tokens are, starts and ends [B, R].
         """
         batch = [build_prompt(self.tokenizer, text, references, self.merge) for text in prompts]
-        pad, cache = self.padding(batch), DynamicCache()
+        cache = DynamicCache()
         with torch.no_grad():
-            hidden, positions, mask = self.run(batch, references, cache)[1:]
+            hidden, positions, mask = self.prefill(batch, references, cache)[1:]
+        pad = [hidden.shape[1] - len(prompt.ids) for prompt in batch]
         queries = self.metaquery.to(hidden.dtype).expand(len(batch), -1, -1)
         # The release starts the queries' positions at the last prompt token's, not one after it.
         positions = positions[:, :, -1:] + torch.arange(queries.shape[1], device=hidden.device)
@@ -528,21 +529,18 @@ class MultiModalEncoder(nn.Module):
         starts, ends = (edges + torch.tensor(pad)[:, None, None]).to(hidden.device).unbind(1)
         return hidden, mask, starts, ends
 
-    def padding(self, batch):
-        """How many tokens stand before each Prompt, so that all end together."""
-        length = max(len(prompt.ids) for prompt in batch)
-        return [length - len(prompt.ids) for prompt in batch]
-
-    def run(self, batch, references, cache):
-        """Run Prompts with their references' features through the language model. Returns its last states and
-        its penultimate ones, both [B, L, D], positions [3, B, L], and mask [B, L] or None."""
-        device, pad = self.metaquery.device, self.padding(batch)
+    def prefill(self, batch, references, cache):
+        """Run Prompts with their references' features through the language model, which leaves their keys and
+        values in `cache`. Returns its last states and its penultimate ones, both [B, L, D], positions
+        [3, B, L], and mask [B, L], or None where nothing is padded."""
+        device, length = self.metaquery.device, max(len(prompt.ids) for prompt in batch)
+        pad = [length - len(prompt.ids) for prompt in batch]  # on the left
         filler = self.tokenizer.token_to_id("<|endoftext|>")
         ids = torch.tensor([[filler] * n + prompt.ids for n, prompt in zip(pad, batch)], device=device)
         positions = torch.stack([F.pad(prompt.positions, (n, 0)) for n, prompt in zip(pad, batch)], 1)
         positions, mask = positions.to(device), None
         if any(pad):
-            mask = torch.arange(ids.shape[1], device=device) >= torch.tensor(pad, device=device)[:, None]
+            mask = torch.arange(length, device=device) >= torch.tensor(pad, device=device)[:, None]
         embeds, deepstack, where = self.mm_encoder.model.language_model.embed_tokens(ids), None, None
         if references:
             pads = [self.tokenizer.token_to_id(name) for name in ("<|image_pad|>", "<|video_pad|>")]
@@ -591,12 +589,12 @@ class MultiModalEncoder(nn.Module):
         """What the VLM itself says to the prompts and EncodedReferences: B texts. Greedy, so repeatable."""
         batch = [build_prompt(self.tokenizer, text, references, self.merge) for text in prompts]
         cache, end, ids = DynamicCache(), self.tokenizer.token_to_id("<|im_end|>"), []
-        last, _, positions, mask = self.run(batch, references, cache)
+        last, _, positions, mask = self.prefill(batch, references, cache)
         done = torch.zeros(len(batch), dtype=torch.bool, device=last.device)
         while len(ids) < max_new_tokens and not done.all():
             ids.append(self.mm_encoder.lm_head(last[:, -1]).argmax(-1).masked_fill(done, end))
             done |= ids[-1] == end
-            positions = positions.amax((0, 2), keepdim=True).expand(3, -1, 1) + 1
+            positions = positions.amax((0, 2), keepdim=True).expand(3, -1, 1) + 1  # text counts on all axes
             mask = mask if mask is None else F.pad(mask, (0, 1), value=True)
             embeds = self.mm_encoder.model.language_model.embed_tokens(ids[-1][:, None])
             last = self.language(embeds, positions, mask, cache)[0]
