@@ -593,11 +593,18 @@ def motion_of(item, seen):
     return min(train.MOTIONS, key=lambda name: math.dist(change, train.MOTIONS[name].change * scale))
 
 
+def psnr(output, target):
+    """Of pixels in [-1, 1], in dB; 60 at most, and NaN of none."""
+    error = (output.clamp(-1, 1) - target).square().mean() / 4
+    return -10 * error.clamp(1e-6).log10().item()
+
+
 def score_cast(row, sample, output, target, source):
     """OpenS2V. An identity is shape and colour; with two objects, each has a place of its own."""
     seen, scene = detect(output.transpose(0, 1)), sample.target
-    kept = all(looks(s.things) == looks(scene.objects) for s in seen)
-    values = {(row, "identities kept"): kept}
+    values = {(row, "identities kept"): all(looks(s.things) == looks(scene.objects) for s in seen)}
+    values[row, "motion class"] = all(motion_of(item, seen) == item.motion for item in scene.objects)
+    values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     if len(scene.objects) == 2:
         a, b = scene.objects
         swapped = scene._replace(objects=[type(a)(*b[:3], *a[3:]), type(a)(*a[:3], *b[3:])])
@@ -617,8 +624,10 @@ def score_edit(row, sample, output, target, source):
     done = all(fits(s, sample.target, t / max(last, 1)) for s, t in zip(seen, moments))
     changed = ((target - source).abs().amax(0) > 1e-3).float()  # [T, H, W]
     same = F.max_pool2d(changed[:, None], 5, 1, 2)[:, 0] == 0
-    error = (output.clamp(-1, 1) - target).square().mean(0)[same].mean() / 4
-    return {(row, "success"): done, (row, "rest, dB"): -10 * error.clamp(1e-6).log10().item()}  # 60 at most
+    values = {(row, "success"): done, (row, "rest, dB"): psnr(output[:, same], target[:, same])}
+    if last:
+        values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
+    return values
 
 
 def score_answer(row, sample, answer, target, source):
@@ -643,8 +652,7 @@ def score_answer(row, sample, answer, target, source):
 
 def score_copy(row, sample, output, target, source):
     """The autoencoder: how near are the pixels?"""
-    error = (output.clamp(-1, 1) - target).square().mean() / 4
-    return {(row, "PSNR, dB"): -10 * error.clamp(1e-6).log10().item()}
+    return {(row, "PSNR, dB"): psnr(output, target)}
 
 
 def of_kind(kind, *counts):

@@ -100,7 +100,7 @@ STAGES = {
     # Stand-ins for what the paper downloads, in the toy world; the numbers are ours.
     "0-vae": Stage(lr=1.5e-3, steps=3_800, cooldown=1_900, shift=1.0, batch=48, trainable=["VAE"], **TOY),
     "0-vlm": Stage(lr=1e-3, steps=5_600, cooldown=2_800, shift=1.0, batch=32, trainable=["VLM"], **TOY),
-    "0-mmdit": Stage(lr=1.5e-3, steps=2_800, cooldown=800, shift=3.0, batch=128,
+    "0-mmdit": Stage(lr=2e-3, steps=4_900, cooldown=1_600, shift=3.0, batch=128,
                      trainable=["native text", "MMDiT"], **TOY | {"drop": 0.1}),
     "1": Stage(lr=1e-4, betas=[0.9, 0.99], steps=20_000, ema=0.0, area=320**2, shift=3.0, trainable=ALIGN,
                short=0.0),
@@ -1010,17 +1010,18 @@ def generate(vino, batch, **settings):
     return vino.generate(batch.prompts, images, *videos, size=size, base=base, **settings)
 
 
-def gallery(weights, path, device="cpu"):
-    """A picture at `path`: for a held-out sample of each task its references and its target, and what the
-    model in each of the files `weights` makes of it."""
-    models, rows = [Vino.load(file, device=device) for file in weights], []
-    stage, config = make_stage("3", models[0].config, {}), models[0].config
+def gallery(columns, path, tasks=(), device="cpu"):
+    """A picture at `path`: for a held-out sample of each task its references and its target, and what models
+    make of it. columns: (weights, settings of Vino.generate) of each. tasks: by default stage 3's."""
+    models = [(Vino.load(weights, device=device), settings) for weights, settings in columns]
+    config, rows = models[0][0].config, []
+    stage = make_stage("3", config, {})
     world = ToyWorld(stage, config, seed=6)
-    for task in stage.mixture:
-        batch = world.collate(task, [world.draw(task, 1, 1)], torch.device(device))
+    for number, task in enumerate(tasks or stage.mixture):
+        batch = world.collate(task, [world.draw(task, 1, 1 + number)], torch.device(device))
         if task in ("t2i", "t2v", "i2v"):
             batch.prompts = batch.short_prompts
-        outputs = [generate(model, batch, progress=True) for model in models]
+        outputs = [generate(model, batch, progress=True, **settings) for model, settings in models]
         shown = [*[reference.pixels for reference in batch.references], batch.target, *outputs]
         rows.append((f"{task}: {batch.prompts[0]}", [panels(pixels[0]) for pixels in shown]))
     contact_sheet(rows).save(path)
