@@ -319,6 +319,50 @@ def test_attention_is_masked_only_when_something_is_padded(tiny, photo, monkeypa
     assert any(mask is not None for mask in masks)
 
 
+@pytest.fixture(scope="session")
+def branches(tiny, photo, clip):
+    """The three Conditions of image guidance for two prompts, of which the longer pads the shorter."""
+    prompts = ["Make Image 1 blue.", "Make the big thing in the middle of Image 1 a little more blue."]
+    inputs = prompts, ["low quality", ""], [tiny.encode(photo)], [tiny.encode(clip)]
+    with torch.no_grad():
+        return [condition for _, condition in tiny.branches(*inputs, False, 5.0, 1.5).values()]
+
+
+@torch.no_grad()
+def test_guidance_branches_of_different_length_run_in_one_forward_and_equal_separate_ones(tiny, branches):
+    noise, t = torch.randn(2, 16, 3, 6, 10), torch.tensor([0.5, 0.9])
+    context = tiny.transformer.context(branches, noise.shape[2:])
+    assert len({*context.visual}) == 2 and len({*context.words}) == 3 and None not in context.masks[:2]
+    for together, condition in zip(tiny.transformer(noise, t, context), branches, strict=True):
+        assert relative_error(together, tiny.velocity(noise, t, condition)) < 1e-5
+
+
+def test_small_branches_run_together_and_large_ones_one_after_the_other(tiny, photo, monkeypatch):
+    forwards, settings = [], {"size": (1, 48, 80), "steps": 2, "cfg_image": 1.5}
+    forward = tiny.transformer.forward
+    monkeypatch.setattr(tiny.transformer, "forward", lambda *inputs: forwards.append(1) or forward(*inputs))
+    together = tiny.generate(["x"], [photo], **settings)
+    assert len(forwards) == 2
+    monkeypatch.setattr(MMDiT, "TOGETHER", 29)  # the image and its reference have 30 patches
+    assert relative_error(tiny.generate(["x"], [photo], **settings), together) < 1e-5
+    assert len(forwards) == 2 + 3 * 2
+
+
+def test_what_no_step_changes_is_computed_once(tiny, photo, monkeypatch):
+    done = Counter()
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *inputs: done.update([name]) or function(*inputs))
+
+    refiner, embedders = tiny.transformer.context_embedder, tiny.transformer.time_text_embed
+    for owner, name in [(vino, "pack"), (vino, "rope_3d"), (refiner, "embed"), (tiny.vae, "encode")]:
+        counted(owner, name)
+    counted(embedders["guidance_embedder"], "forward")
+    tiny.generate(["x"], [photo], size=(1, 48, 80), steps=3, cfg_image=1.5)
+    assert done == {"pack": 3, "rope_3d": 1, "embed": 3, "encode": 1, "forward": 1}  # three branches
+
+
 def test_references_are_encoded_once_for_all_guidance_branches(tiny, photo, clip, monkeypatch):
     looks, encodes = [], []
     look, encode = tiny.mm_encoder.look, tiny.vae.encode

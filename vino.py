@@ -719,6 +719,43 @@ def attend(q, k, v, mask=None):
         return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
+def joined(parts):
+    """Pieces [B, L, ...] one behind the other. torch.cat alone would copy even a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+@dataclass
+class Context:
+    """Guidance branches as the MMDiT sees them: all that no step changes.
+
+    They stand one behind the other in one sequence. Every layer but attention takes each token by itself, so
+    branches of any lengths run together without padding."""
+
+    fixed: list  # of each branch, [B, L, D]: the packed references, which the target follows
+    text: list  # of each branch, what TokenRefiner.forward gets: tokens [B, L, D], their mean [B, D], mask
+    visual: list  # of each branch, the number of visual tokens, the target's among them
+    words: list  # of each branch, the number of text tokens
+    masks: list  # of each branch, [B, 1, 1, L], True where a key may be seen; None where nothing is padded
+    rope: tuple  # (cos, sin) of the whole sequence
+    guidance: Tensor  # [1, D], embedded
+
+    def join(self, visual, text):
+        """Two streams -> one, in which each branch has its visual tokens first and then its text."""
+        pairs = zip(visual.split(self.visual, 1), text.split(self.words, 1))
+        return torch.cat([part for pair in pairs for part in pair], 1)
+
+    def part(self, x):
+        """The reverse of `join`."""
+        parts = x.split([length for pair in zip(self.visual, self.words) for length in pair], 1)
+        return joined(parts[::2]), joined(parts[1::2])
+
+    def attend(self, q, k, v):
+        """Rotate, and let each branch attend to itself: 3 x [B, L, heads, head] -> [B, L, D]."""
+        lengths = [sum(pair) for pair in zip(self.visual, self.words)]
+        streams = [x.split(lengths, 1) for x in (rotate(q, self.rope), rotate(k, self.rope), v)]
+        return joined([attend(*branch) for branch in zip(*streams, self.masks)])
+
+
 def sinusoid(t, dim=256):
     """Sinusoidal features [B, dim] of t [B], cosines first, in float32."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -813,25 +850,25 @@ class DualBlock(nn.Module):
         self.attn = JointAttention(config)
         self.ff, self.ff_context = FeedForward(config), FeedForward(config)
 
-    def forward(self, x, text, embedding, rope, mask):
+    def forward(self, x, text, embedding, context):
         """x [B, Lv, D] visual, text [B, Lt, D]; both come back in the same shapes."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(embedding)
         t_shift, t_scale, t_gate, t_shift_ff, t_scale_ff, t_gate_ff = self.norm1_context(embedding)
 
         visual_qkv = self.attn.qkv(modulate(x, shift, scale))
         text_qkv = self.attn.text_qkv(modulate(text, t_shift, t_scale))
-        q, k, v = (torch.cat(pair, 1) for pair in zip(visual_qkv, text_qkv))
-        attended = attend(rotate(q, rope), rotate(k, rope), v, mask)
+        attended = context.attend(*[context.join(*pair) for pair in zip(visual_qkv, text_qkv)])
+        visual_attended, text_attended = context.part(attended)
 
-        x = x + gate * self.attn.to_out[0](attended[:, : x.shape[1]])
+        x = x + gate * self.attn.to_out[0](visual_attended)
         x = x + gate_ff * self.ff(modulate(x, shift_ff, scale_ff))
-        text = text + t_gate * self.attn.to_add_out(attended[:, x.shape[1] :])
+        text = text + t_gate * self.attn.to_add_out(text_attended)
         text = text + t_gate_ff * self.ff_context(modulate(text, t_shift_ff, t_scale_ff))
         return x, text
 
 
 class SingleBlock(nn.Module):
-    """One stream [visual, text]; attention and feed-forward side by side."""
+    """One stream of visual tokens and text; attention and feed-forward side by side."""
 
     def __init__(self, config):
         super().__init__()
@@ -841,12 +878,14 @@ class SingleBlock(nn.Module):
         self.proj_mlp = nn.Linear(width, hidden)
         self.proj_out = nn.Linear(width + hidden, width)
 
-    def forward(self, x, embedding, rope, mask):  # x [B, L, D] -> [B, L, D]
+    def forward(self, x, embedding, context):  # x [B, L, D] -> [B, L, D]
         shift, scale, gate = self.norm(embedding)
         normed = modulate(x, shift, scale)
-        q, k, v = self.attn.qkv(normed)
-        attended = attend(rotate(q, rope), rotate(k, rope), v, mask)
-        return x + gate * self.proj_out(torch.cat([attended, gelu(self.proj_mlp(normed))], -1))
+        attended = context.attend(*self.attn.qkv(normed))
+        # proj_out of both side by side, as two products: that saves a copy of 5 D for each token.
+        of_attention, of_mlp = self.proj_out.weight.split([attended.shape[-1], self.proj_mlp.out_features], 1)
+        output = F.linear(attended, of_attention, self.proj_out.bias)
+        return x + gate * (output + F.linear(gelu(self.proj_mlp(normed)), of_mlp))
 
 
 class RefinerBlock(nn.Module):
@@ -878,16 +917,18 @@ class TokenRefiner(nn.Module):
         blocks = nn.ModuleList([RefinerBlock(config) for _ in range(config.num_refiner_layers)])
         self.token_refiner = nn.ModuleDict({"refiner_blocks": blocks})
 
-    def forward(self, tokens, timestep, mask):
-        """tokens [B, L, text_embed_dim], timestep [B] in 0-999, mask [B, L] or None -> [B, L, D]."""
+    def embed(self, tokens, mask):
+        """What no timestep changes: tokens [B, L, text_embed_dim] and their mean -> [B, L, D] and [B, D]."""
         if mask is None:
-            pooled, seen = tokens.mean(1), None
+            pooled = tokens.mean(1)
         else:
             pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            seen = mask[:, None, None]
-        embed = self.time_text_embed
-        embedding = embed["timestep_embedder"](sinusoid(timestep)) + embed["text_embedder"](pooled)
-        x = self.proj_in(tokens)
+        return self.proj_in(tokens), self.time_text_embed["text_embedder"](pooled)
+
+    def forward(self, x, pooled, mask, timestep):
+        """x and pooled from `embed`, mask [B, L] or None, timestep [B] in 0-999 -> [B, L, D]."""
+        embedding = self.time_text_embed["timestep_embedder"](sinusoid(timestep)) + pooled
+        seen = None if mask is None else mask[:, None, None]
         for block in self.token_refiner["refiner_blocks"]:
             x = block(x, embedding, seen)
         return x
@@ -897,6 +938,9 @@ class MMDiT(nn.Module):
     """HunyuanVideo's transformer over the interleaved context: predicts the target's velocity."""
 
     UNUSED = "time_text_embed.text_embedder."  # CLIP's pooled text: in the base checkpoint, not in VINO
+    # Guidance branches of up to so many visual tokens run together: small ones alone leave a GPU half idle.
+    # Larger ones fill it, and together would only take twice the memory.
+    TOGETHER = 8192
 
     def __init__(self, config):
         super().__init__()
@@ -914,35 +958,57 @@ class MMDiT(nn.Module):
         self.norm_out = Modulation(width, 2)
         self.proj_out = nn.Linear(width, math.prod(self.patch) * config.out_channels)
 
-    def forward(self, latents, t, condition):
-        """Velocity [B, C, T, H, W] of the noisy target `latents` [B, C, T, H, W] at time t [B] in [0, 1],
-        1 = noise, under a Condition of the same batch size."""
+    def context(self, conditions, shape):
+        """The Context of guidance branches that run together: Conditions of one batch size, and the shape
+        (T, H, W) of the target's latents."""
         config, embed = self.config, self.x_embedder["proj"]
         dtype = embed.weight.dtype
-        *references, target = [embed(latent.to(dtype)) for latent in (*condition.references, latents)]
-        x, positions = pack(references, condition.boundaries, target)
-        timestep = 999 * t
-        text = self.context_embedder(condition.tokens.to(dtype), timestep, condition.mask)
-        # Text is not rotated: position 0 on every axis is the rotation by nothing.
-        rope = rope_3d(F.pad(positions, (0, 0, 0, text.shape[1])), config.rope_axes_dim, config.rope_theta)
-        mask = None
-        if condition.mask is not None:  # every visual token is seen
-            mask = F.pad(condition.mask, (x.shape[1], 0), value=True)[:, None, None]
-        guidance = torch.full_like(timestep, 1000.0)  # the distilled guidance input is kept, at a constant
-        embedding = self.time_text_embed["timestep_embedder"](sinusoid(timestep))
-        embedding = embedding + self.time_text_embed["guidance_embedder"](sinusoid(guidance))
+        fixed, text, visual, positions, masks = [], [], [], [], []
+        for condition in conditions:
+            tokens, mask = condition.tokens.to(dtype), condition.mask
+            blank = tokens.new_zeros(len(tokens), config.in_channels, *shape)  # each step has its own target
+            latents = [*condition.references, blank]
+            *references, target = [embed(part.to(dtype)) for part in latents]
+            packed, where = pack(references, condition.boundaries, target)
+            fixed.append(packed[:, : -target[0, 0].numel()].clone())  # a view would keep all of it
+            text.append((*self.context_embedder.embed(tokens, mask), mask))
+            visual.append(packed.shape[1])
+            # Text is not rotated: position 0 on every axis is the rotation by nothing.
+            positions.append(F.pad(where, (0, 0, 0, tokens.shape[1])))
+            # Every visual token is seen.
+            masks.append(mask if mask is None else F.pad(mask, (len(where), 0), value=True)[:, None, None])
+        rope = rope_3d(torch.cat(positions), config.rope_axes_dim, config.rope_theta)
+        # The distilled guidance input is kept, at a constant.
+        guidance = sinusoid(torch.full((1,), 1000.0, device=rope[0].device))
+        guidance = self.time_text_embed["guidance_embedder"](guidance)
+        return Context(fixed, text, visual, [x.shape[1] for x, _, _ in text], masks, rope, guidance)
 
-        visual = x.shape[1]
+    def contexts(self, conditions, shape):
+        """The Contexts of all guidance branches: one while they are small, else one each."""
+        sizes = [math.prod(shape) + sum(math.prod(x.shape[2:]) for x in c.references) for c in conditions]
+        if max(sizes) > self.TOGETHER * math.prod(self.patch):
+            return [self.context([condition], shape) for condition in conditions]
+        return [self.context(conditions, shape)]
+
+    def forward(self, latents, t, context):
+        """Velocities [branches, B, C, T, H, W] of the noisy target `latents` [B, C, T, H, W] at time t [B] in
+        [0, 1], 1 = noise, in each branch of a Context of the same batch size."""
+        target = self.x_embedder["proj"](latents.to(self.x_embedder["proj"].weight.dtype))
+        tokens, timestep = target.flatten(2).transpose(1, 2), 999 * t
+        x = torch.cat([part for fixed in context.fixed for part in (fixed, tokens)], 1)
+        text = joined([self.context_embedder(*branch, timestep) for branch in context.text])
+        embedding = self.time_text_embed["timestep_embedder"](sinusoid(timestep)) + context.guidance
+
         for block in self.transformer_blocks:
-            x, text = self.run(block, x, text, embedding, rope, mask)
-        x = torch.cat([x, text], 1)
+            x, text = self.run(block, x, text, embedding, context)
+        x = context.join(x, text)
         for block in self.single_transformer_blocks:
-            x = self.run(block, x, embedding, rope, mask)
+            x = self.run(block, x, embedding, context)
 
-        size = math.prod(target.shape[2:])
         scale, shift = self.norm_out(embedding)
-        x = self.proj_out(modulate(x[:, visual - size : visual], shift, scale))
-        return self.unpatchify(x, target.shape[2:])
+        x = self.proj_out(modulate(context.part(x)[0], shift, scale))
+        targets = [branch[:, -tokens.shape[1] :] for branch in x.split(context.visual, 1)]
+        return torch.stack([self.unpatchify(x, target.shape[2:]) for x in targets])
 
     def run(self, block, *inputs):
         if self.checkpointing and torch.is_grad_enabled():  # 3.1: keep a block's inputs, recompute the rest
@@ -1277,7 +1343,7 @@ class Vino(nn.Module):
 
     def velocity(self, latents, t, condition):
         """Predicted noise - data, [B, C, T, H, W], at times t [B]."""
-        return self.transformer(latents, t, condition)
+        return self.transformer(latents, t, self.transformer.context([condition], latents.shape[2:]))[0]
 
     def branches(self, prompts, negatives, images, video, base, cfg_text, cfg_image):
         """Guidance's conditions: {name: (weight, Condition)}, without those that do not count.
@@ -1313,7 +1379,7 @@ class Vino(nn.Module):
         """
         defaults, kind = self.config.sampling, int(size[0] > 1)
         negative = defaults.negative_prompt[kind] if negative_prompt is None else negative_prompt
-        conditions = self.branches(
+        branches = self.branches(
             prompts,
             [negative] * len(prompts),
             [self.encode(image) for image in images],
@@ -1321,16 +1387,19 @@ class Vino(nn.Module):
             base,
             defaults.cfg_text[kind] if cfg_text is None else cfg_text,
             defaults.cfg_image if cfg_image is None else cfg_image,
-        ).values()
-
-        def guided(x, t):
-            return sum(weight * self.velocity(x, t, condition).float() for weight, condition in conditions)
-
+        )
         if noise is None:
             shape = (self.config.vae.latent_channels, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8)
             seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in seeds])
         noise = noise.to(self.mm_encoder.metaquery.device)
+        weights, conditions = zip(*branches.values())
+        contexts = self.transformer.contexts(conditions, noise.shape[2:])
+
+        def guided(x, t):
+            velocities = [v for context in contexts for v in self.transformer(x, t, context)]
+            return sum(weight * v.float() for weight, v in zip(weights, velocities, strict=True))
+
         shift = defaults.shift[kind] if shift is None else shift
         latents = sample(guided, noise, steps or defaults.steps, shift, progress)
         return self.vae.decode(latents).float()
