@@ -931,6 +931,33 @@ def test_a_malformed_task_file_is_refused_with_its_line_or_item(media, capsys, t
     assert not Path("results").exists()
 
 
+def test_compiled_blocks_are_one_graph_for_all_lengths_and_give_the_same_picture(media, monkeypatch):
+    calls, graphs = [["--prompt", "x"], ["--prompt", "much more", "--height=32", "--width=48"]], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    for k, call in enumerate(calls):
+        assert sample_py(*call, "--out", f"eager{k}.png") == 0
+    for k, call in enumerate(calls):
+        assert sample_py(*call, "--out", f"compiled{k}.png", "--compile") == 0
+        a, b = (np.array(Image.open(f"{how}{k}.png"), int) for how in ("eager", "compiled"))
+        assert abs(a - b).max() <= 1
+    assert len(graphs) == 2  # one of each kind of block
+
+
+def test_compiling_is_for_work_that_takes_longer_than_it():
+    def pays(config, *arguments):
+        args = command_line.build_parser().parse_args(["--prompt", "x", *arguments])
+        return command_line.pays_to_compile([command_line.single_job(args)], config)
+
+    assert not pays(Config()) and pays(Config(), "--num=20") and pays(Config(), "--frames=85")
+    assert not pays(Config(), "--frames=85", "--steps=2")
+    assert not pays(Config.from_file(HERE / "tiny_config.json"), "--frames=9")
+
+
 def test_memory_that_runs_out_is_one_line_and_other_errors_stay_errors(media, capsys, monkeypatch):
     def generate(*_, **__):
         raise next(errors)

@@ -958,6 +958,9 @@ class MMDiT(nn.Module):
         self.norm_out = Modulation(width, 2)
         self.proj_out = nn.Linear(width, math.prod(self.patch) * config.out_channels)
 
+    def blocks(self):
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
     def context(self, conditions, shape):
         """The Context of guidance branches that run together: Conditions of one batch size, and the shape
         (T, H, W) of the target's latents."""
