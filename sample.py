@@ -15,9 +15,12 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import sys
+import time
 from collections import defaultdict, namedtuple
+from contextlib import contextmanager, nullcontext
 from itertools import count, islice, permutations
 from pathlib import Path
 
@@ -120,6 +123,7 @@ def build_parser():
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, on a cpu float32")
     compile_help = "torch.compile the MMDiT (default: on a GPU, where it saves more time than it takes)"
     add("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
+    add("--profile", action="store_true", help="at the end print where time and memory went")
     add("--explain", action="store_true", help="only print the packed sequence: figure 5 for this call")
     return parser
 
@@ -396,7 +400,8 @@ def run(job, config, tokenizer, load):
                 raise
             raise InputError(f"too large for the memory of {job.device}: {told}") from error
         facts = {"command": job.command, "seed": seed, "prompt": job.prompt}
-        write(path, pixels, config.sampling.fps, facts)
+        with job.phase("write"):
+            write(path, pixels, config.sampling.fps, facts)
         print(path, flush=True)
 
 
@@ -855,14 +860,112 @@ def benchmark(args, config, load):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# --profile
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Profile:
+    """Seconds, memory and operations of a run's phases. The model does not know: its methods are wrapped."""
+
+    def __init__(self, device, dtype):
+        self.device, self.dtype, self.cuda = device, dtype, device.startswith("cuda")
+        self.phases = defaultdict(list)  # name -> (seconds, peak bytes, operations) of each call
+        self.begin, self.time, self.forwards = time.perf_counter(), None, 0
+
+    def clock(self):
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name, operations=0):
+        """What runs in this context is one call of the phase."""
+        begin = self.clock()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        seconds, peak = self.clock() - begin, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if self.cuda:
+            peak = torch.cuda.max_memory_allocated(self.device)
+        self.phases[name].append((seconds, peak, operations))
+
+    def watch(self, model):
+        """Make phases of what the model does from now on."""
+        vlm, vae, mmdit = model.mm_encoder, model.vae, model.transformer
+        for module, method, name in [
+            (vae, "encode", "VAE, references"),
+            (vlm, "look", "VLM, references"),
+            (vlm, "answer", "VLM, rewriting"),
+            (vlm, "forward", "VLM, prompts and queries"),
+            (vae, "decode", "VAE, result"),
+        ]:
+            setattr(module, method, self.phase(name)(getattr(module, method)))
+        forward = mmdit.forward
+
+        def step(latents, t, context):
+            now = t[0].item()
+            self.forwards = self.forwards + 1 if now == self.time else 1  # in the guidance branches' order
+            self.time, which = now, "first step" if now == 1 else "other steps"
+            with self.phase(f"MMDiT, {which}, forward {self.forwards}", mmdit.flops(context)):
+                return forward(latents, t, context)
+
+        mmdit.forward = step
+
+    def best(self):
+        """Operations a second in one large matrix product."""
+        size, seconds = 8192 if self.cuda else 2048, []
+        matrix = torch.randn(size, size, device=self.device, dtype=self.dtype)
+        for _ in range(10):
+            begin = self.clock()
+            matrix @ matrix
+            seconds.append(self.clock() - begin)
+        return 2 * size**3 / min(seconds)
+
+    def table(self):
+        """The phases in the order in which they first ended. First steps include compiling."""
+        left, best = self.clock() - self.begin, self.best()
+        row = "{:<34} {:>5} {:>8} {:>8} {:>6} {:>8} {:>7}".format
+        lines = [row("phase", "calls", "seconds", "a call", "GiB", "TFLOP/s", "of best")]
+        for name, calls in self.phases.items():
+            seconds, peaks, operations = zip(*calls)
+            spent, work = sum(seconds), sum(operations)
+            rate = (f"{work / spent / 1e12:.3g}", f"{work / spent / best:.0%}") if work else ("", "")
+            numbers = f"{spent:.2f}", f"{spent / len(calls):.3f}", f"{max(peaks) / 2**30:.1f}"
+            lines.append(row(name, len(calls), *numbers, *rate))
+            left -= spent
+        lines.append(row("rest", "", f"{left:.2f}", "", "", "", ""))
+        told = f"best: a matrix product in {str(self.dtype).removeprefix('torch.')}"
+        return "\n".join([*lines, row(told, "", "", "", "", f"{best / 1e12:.3g}", "")])
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Main
 # ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(weights, config, args):
-    model = Vino.load(weights, config, args.device, args.dtype)
+def run_all(jobs, config, tokenizer, load):
+    """Do the jobs of --tasks -> whether any failed; these are named at the end."""
+    Path(jobs[0].out).mkdir(exist_ok=True)
+    load()
+    failed = []
+    for position, job in enumerate(jobs, 1):
+        name = job.outputs[job.seed].name
+        print(f"[{position}/{len(jobs)}] {name}", file=sys.stderr)
+        try:
+            run(job, config, tokenizer, load)
+        except (InputError, OSError) as error:
+            failed.append(f"  {name}: {error}")
+    print(f"{len(failed)} of {len(jobs)} failed", *failed, sep="\n", file=sys.stderr)
+    return bool(failed)
+
+
+def load_model(weights, config, args, profile):
+    with args.phase("load"):
+        model = Vino.load(weights, config, args.device, args.dtype)
     for block in model.transformer.blocks() if args.compile else ():
         block.compile(dynamic=True)  # all lengths of text and references in one go
+    if profile:
+        profile.watch(model)
     return model
 
 
@@ -876,29 +979,24 @@ def main(argv=None):
     try:
         weights, config, tokenizer = choose_weights(args)
         check_arguments(args, config)
-        load = functools.cache(lambda: load_model(weights, config, args))
-        if args.benchmark is not None:
-            benchmark(args, config, load)
-            return 0
-        jobs, failed = [single_job(args)] if args.tasks is None else read_tasks(args), []
+        profile = Profile(args.device, args.dtype) if args.profile else None
+        args.phase = profile.phase if profile else lambda name: nullcontext()
+        load = functools.cache(lambda: load_model(weights, config, args, profile))
+        jobs = [single_job(args)] if args.prompt is not None else read_tasks(args) if args.tasks else []
         if args.compile is None:
             args.compile = args.device.startswith("cuda") and pays_to_compile(jobs, config)
-        if args.tasks is None:
+        failed = False
+        if args.benchmark is not None:
+            benchmark(args, config, load)
+        elif args.tasks is None:
             run(jobs[0], config, tokenizer, load)
-            return 0
-        Path(args.out).mkdir(exist_ok=True)
-        load()
+        else:
+            failed = run_all(jobs, config, tokenizer, load)
     except (InputError, OSError) as error:
         parser.error(error)
-    for position, job in enumerate(jobs, 1):
-        name = job.outputs[args.seed].name
-        print(f"[{position}/{len(jobs)}] {name}", file=sys.stderr)
-        try:
-            run(job, config, tokenizer, load)
-        except (InputError, OSError) as error:
-            failed.append(f"  {name}: {error}")
-    print(f"{len(failed)} of {len(jobs)} failed", *failed, sep="\n", file=sys.stderr)
-    return int(bool(failed))
+    if profile and not args.explain:
+        print(profile.table())
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import DynamicCache
 
@@ -335,6 +337,16 @@ def test_guidance_branches_of_different_length_run_in_one_forward_and_equal_sepa
     assert len({*context.visual}) == 2 and len({*context.words}) == 3 and None not in context.masks[:2]
     for together, condition in zip(tiny.transformer(noise, t, context), branches, strict=True):
         assert relative_error(together, tiny.velocity(noise, t, condition)) < 1e-5
+
+
+@torch.no_grad()
+def test_the_profiles_operations_are_those_that_torch_counts(tiny, branches):
+    noise, t = torch.randn(2, 16, 9, 16, 16), torch.tensor([0.5, 0.9])
+    context = tiny.transformer.context(branches, noise.shape[2:])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tiny.transformer(noise, t, context)
+    ours, all_of_them = tiny.transformer.flops(context), counter.get_total_flops()
+    assert 0.97 * all_of_them < ours < all_of_them  # without modulation and both ends
 
 
 def test_small_branches_run_together_and_large_ones_one_after_the_other(tiny, photo, monkeypatch):
@@ -929,6 +941,19 @@ def test_a_malformed_task_file_is_refused_with_its_line_or_item(media, capsys, t
     Path("a.json").write_text(text)
     assert message in refusal(capsys, "--tasks", "a.json", "--out", "results")
     assert not Path("results").exists()
+
+
+def test_a_profile_counts_the_calls_of_each_phase_and_leaves_the_picture_alone(media, capsys):
+    call = ["--prompt", "x", "--image", "wide.png", "--cfg-image", "2"]
+    sample_py(*call, "--out", "a.png")
+    sample_py(*call, "--out", "b.png", "--profile")
+    rows = dict(re.findall(r"^(\w[\w ,-]+?) {2,}(\d+) ", capsys.readouterr().out, re.MULTILINE))
+    assert rows == {
+        "load": "1", "VAE, references": "1", "VLM, references": "1", "VLM, prompts and queries": "3",
+        "MMDiT, first step, forward 1": "1", "MMDiT, other steps, forward 1": "1", "VAE, result": "1",
+        "write": "1",
+    }  # fmt: skip
+    assert (np.array(Image.open("a.png")) == np.array(Image.open("b.png"))).all()
 
 
 def test_compiled_blocks_are_one_graph_for_all_lengths_and_give_the_same_picture(media, monkeypatch):

@@ -1013,6 +1013,18 @@ class MMDiT(nn.Module):
         targets = [branch[:, -tokens.shape[1] :] for branch in x.split(context.visual, 1)]
         return torch.stack([self.unpatchify(x, target.shape[2:]) for x in targets])
 
+    def flops(self, context):
+        """Operations of a forward: each token takes 2 for a weight of the blocks, and 4 D for a token that it
+        attends to."""
+        config, total = self.config, 0
+        weights = (4 + 2 * config.mlp_ratio) * config.width**2  # of one stream, in blocks of all three kinds
+        depth = config.num_layers + config.num_single_layers
+        for visual, words in zip(context.visual, context.words):
+            length = visual + words
+            total += depth * length * (2 * weights + 4 * config.width * length)
+            total += config.num_refiner_layers * words * (2 * weights + 4 * config.width * words)
+        return total * len(context.fixed[0])
+
     def run(self, block, *inputs):
         if self.checkpointing and torch.is_grad_enabled():  # 3.1: keep a block's inputs, recompute the rest
             return checkpoint(block, *inputs, use_reentrant=False)
