@@ -7,6 +7,7 @@
 From top to bottom: arguments, jobs, from the references to the files, the table of --explain, the benchmarks,
 main.
 What the user gets wrong is one line on stderr and exit status 2, and found before the model is loaded.
+`torchrun --nproc-per-node N sample.py ...` spreads each sample over N GPUs.
 """
 
 import argparse
@@ -30,6 +31,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
@@ -69,6 +71,17 @@ examples:
 # ----------------------------------------------------------------------------------------------------------
 
 
+def under_torchrun(name):
+    """RANK, LOCAL_RANK or WORLD_SIZE of a process that torchrun has started, else of the only one."""
+    return int(os.environ.get(name, name == "WORLD_SIZE"))
+
+
+def say(*lines, file=None):
+    """Print to stderr, or to `file`: only the first process."""
+    if under_torchrun("RANK") == 0:
+        print(*lines, sep="\n", file=file or sys.stderr, flush=True)
+
+
 def number(kind, least, most):
     """An argument's type: an int or a float from `least` to `most`."""
 
@@ -85,7 +98,12 @@ def number(kind, least, most):
 def build_parser():
     parser = argparse.ArgumentParser("sample.py", USAGE, epilog=EPILOG, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = lambda message: parser.exit(2, f"sample.py: error: {' '.join(str(message).split())}\n")
+
+    def refuse(message):
+        say(f"sample.py: error: {' '.join(str(message).split())}")
+        sys.exit(2)
+
+    parser.error = refuse
     side, scale = number(int, 16, 10**6), number(float, 0, 1000)
 
     add = parser.add_argument_group("what to make").add_argument
@@ -147,11 +165,20 @@ def check_arguments(args, config):
             args.notices.append(f"--{name} {value} is rounded down to {value - surplus}")
     if args.frames and args.frames > config.sampling.max_frames:
         raise InputError(f"--frames {args.frames}: the config allows {config.sampling.max_frames}")
+    heads, processes = config.mmdit.num_attention_heads, under_torchrun("WORLD_SIZE")
+    if heads % processes:
+        raise InputError(f"{processes} processes cannot share {heads} attention heads evenly")
+    if args.benchmark is not None and processes > 1:
+        raise InputError("--benchmark runs in one process")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device == "cuda":
+        args.device = f"cuda:{under_torchrun('LOCAL_RANK')}"
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device}: not here ({str(error).splitlines()[0]})") from error
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
 
 
@@ -351,7 +378,7 @@ def check_writable(path, overwrite):
     """What cannot be written fails here, before the work."""
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; --overwrite replaces it")
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.{under_torchrun('RANK')}.partial")
     partial.touch()
     partial.unlink()
 
@@ -371,7 +398,7 @@ def strange_words(prompt, tokenizer):
 def announce(job):
     """Print what is to be noticed: only after all that could be one line of error."""
     while job.notices:
-        print(job.notices.pop(0), file=sys.stderr)
+        say(job.notices.pop(0))
 
 
 def run(job, config, tokenizer, load):
@@ -385,24 +412,28 @@ def run(job, config, tokenizer, load):
     announce(job)
     if job.rewrite:
         job.prompt = load().mm_encoder.rewrite(job.prompt) or job.prompt
-        print(f"rewritten: {job.prompt}", flush=True)
+        say(f"rewritten: {job.prompt}", file=sys.stdout)
     if job.explain:
-        return print(explain(job.prompt, [*images, video] if video else images, size, tokenizer, config))
+        sequence = explain(job.prompt, [*images, video] if video else images, size, tokenizer, config)
+        return say(sequence, file=sys.stdout)
     told = "{} frame(s) of {} x {}".format(*size)
     names = ("steps", "shift", "cfg_text", "cfg_image", "negative_prompt", "base")
-    settings = {name: getattr(job, name) for name in names} | {"size": size, "progress": True}
+    settings = {name: getattr(job, name) for name in names} | {"size": size}
+    settings["progress"] = under_torchrun("RANK") == 0
+    settings["group"] = dist.group.WORLD if dist.is_initialized() else None
     for seed, path in job.outputs.items():
-        print(f"{TASKS[job.task]}: {told}, seed {seed}", file=sys.stderr)
+        say(f"{TASKS[job.task]}: {told}, seed {seed}")
         try:
-            pixels = load().generate([job.prompt], images, video, seed=seed, **settings)[0]
+            pixels = load().generate([job.prompt], images, video, seed=seed, **settings)
         except RuntimeError as error:
             if not re.search("out of memory|can't allocate memory", str(error)):
                 raise
             raise InputError(f"too large for the memory of {job.device}: {told}") from error
-        facts = {"command": job.command, "seed": seed, "prompt": job.prompt}
-        with job.phase("write"):
-            write(path, pixels, config.sampling.fps, facts)
-        print(path, flush=True)
+        if pixels is not None:
+            facts = {"command": job.command, "seed": seed, "prompt": job.prompt}
+            with job.phase("write"):
+                write(path, pixels[0], config.sampling.fps, facts)
+            say(path, file=sys.stdout)
 
 
 def write(path, pixels, fps, facts):
@@ -950,12 +981,12 @@ def run_all(jobs, config, tokenizer, load):
     failed = []
     for position, job in enumerate(jobs, 1):
         name = job.outputs[job.seed].name
-        print(f"[{position}/{len(jobs)}] {name}", file=sys.stderr)
+        say(f"[{position}/{len(jobs)}] {name}")
         try:
             run(job, config, tokenizer, load)
         except (InputError, OSError) as error:
             failed.append(f"  {name}: {error}")
-    print(f"{len(failed)} of {len(jobs)} failed", *failed, sep="\n", file=sys.stderr)
+    say(f"{len(failed)} of {len(jobs)} failed", *failed)
     return bool(failed)
 
 
@@ -979,6 +1010,8 @@ def main(argv=None):
     try:
         weights, config, tokenizer = choose_weights(args)
         check_arguments(args, config)
+        if under_torchrun("WORLD_SIZE") > 1:
+            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         profile = Profile(args.device, args.dtype) if args.profile else None
         args.phase = profile.phase if profile else lambda name: nullcontext()
         load = functools.cache(lambda: load_model(weights, config, args, profile))
@@ -995,7 +1028,9 @@ def main(argv=None):
     except (InputError, OSError) as error:
         parser.error(error)
     if profile and not args.explain:
-        print(profile.table())
+        say(profile.table(), file=sys.stdout)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return int(failed)
 
 

@@ -524,6 +524,55 @@ def test_the_loss_is_zero_for_the_true_velocity_and_the_sampler_follows_it_to_th
     torch.testing.assert_close(sample(lambda x, t: noise - data, noise, 7, 5.0), data, rtol=1e-4, atol=1e-5)
 
 
+def generated(model, photo, clip, group=None):
+    """A picture of two guidance branches; a clip of three, for two prompts of which one is padded."""
+    settings = {"steps": 2, "seed": 3, "group": group}
+    prompts = ["Let it dance.", "Let Image 1 dance as in Video 1."]
+    yield model.generate(["a red circle"], size=(1, 48, 80), **settings)
+    yield model.generate(prompts, [photo], clip, size=(9, 64, 64), cfg_image=1.5, **settings)
+
+
+def one_of_two(rank, folder, photo, clip, port):
+    """A process of torchrun: samples of `generated`, and one of the command line."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "WORLD_SIZE": "2"}
+    os.environ |= address | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+    torch.distributed.init_process_group("gloo")
+    model = Vino.load("random", Config.from_file(HERE / "tiny_config.json"))
+    forward, seen = model.transformer.forward, []
+    model.transformer.forward = lambda x, t, context: seen.append(context.visual) or forward(x, t, context)
+    pixels = [*generated(model, photo, clip, torch.distributed.group.WORLD)]
+    # Two branches, each on one process; then three, each of 115 visual tokens (or without the image 98) on both.
+    assert seen == [[15]] * 2 + [[58 - rank], [58 - rank], [49]] * 2
+    torch.distributed.destroy_process_group()
+    assert all(sample is None for sample in pixels) == (rank == 1)
+    if rank == 0:
+        torch.save(pixels, "pixels.pt")
+    os.environ["MASTER_PORT"] = f"{port + 1}"
+    sample_py("--prompt", "x", "--cfg-text", "1", "--out", "two.png", "--profile")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_two_processes_share_branches_or_tokens_and_make_the_same_sample_as_one(tiny, photo, clip, media):
+    multiprocessing.spawn(one_of_two, (media, photo, clip, free_port()), nprocs=2)
+    for ours, alone in zip(torch.load("pixels.pt"), generated(tiny, photo, clip), strict=True):
+        assert relative_error(ours, alone) < 1e-5
+    sample_py("--prompt", "x", "--cfg-text", "1", "--out", "one.png")
+    one, two = (np.array(Image.open(name), int) for name in ("one.png", "two.png"))
+    assert abs(one - two).max() <= 1 and not list(media.glob("*.partial"))
+
+
+def test_processes_that_cannot_share_the_heads_are_refused(media, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 processes cannot share 4 attention heads evenly" in refusal(capsys, "--prompt", "x")
+
+
 def test_guidance_weights_are_the_release_formulas():
     v, text_dropped, image_dropped = torch.randn(3, 5)
     for w_text, w_image in ((5.0, 1.0), (7.0, 1.5), (1.0, 1.0)):
@@ -1355,10 +1404,7 @@ def two_processes(rank, config, folder, port):
 
 
 def test_ddp_zero2_and_fsdp_on_two_processes_are_one_process(six_steps, config, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(two_processes, (config, tmp_path, port), nprocs=2)
+    multiprocessing.spawn(two_processes, (config, tmp_path, free_port()), nprocs=2)
     alone = load_file(six_steps[1] / "final.safetensors")
     for how in ("ddp", "zero2", "fsdp"):
         for one, two in zip(records(six_steps[1]), records(tmp_path / how), strict=True):

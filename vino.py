@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -725,6 +726,54 @@ def joined(parts):
 
 
 @dataclass
+class Crew:
+    """Processes that run a guidance branch together, each with a share of its tokens ("Ulysses"). Where tokens
+    meet, in attention, each process has all tokens instead, and a share of the heads. Their number must divide
+    the number of heads. A process by itself is a crew, too."""
+
+    group: dist.ProcessGroup | None = None
+    size: int = 1
+    rank: int = 0
+
+    def own(self, x, dim=1):
+        """A copy of this process's share of x: for a view torch.compile would make another graph."""
+        return x.tensor_split(self.size, dim)[self.rank].clone()
+
+    def joint(self, visual, text):
+        """[B, Lv, ...] and [B, Lt, ...] in the order of `attend`: visual tokens and text of each process."""
+        shares = zip(visual.tensor_split(self.size, 1), text.tensor_split(self.size, 1))
+        return [torch.cat(pair, 1) for pair in shares]
+
+    def alone(self, x, length):
+        """This process's share among those of the others, which are zero: [B, own, D] -> [B, length, D]."""
+        before = sum(share.numel() for share in torch.arange(length).tensor_split(self.size)[: self.rank])
+        return F.pad(x, (0, 0, before, length - before - x.shape[1]))
+
+    @torch.compiler.disable  # a compiled block is cut in two here
+    def attend(self, q, k, v, mask, lengths):
+        """Attention over everyone's tokens, q, k, v [B, own, heads, head] -> [B, own, D]. lengths: the number
+        of tokens of each process."""
+        own = [lengths[self.rank]] * self.size
+        x = torch.cat([q, k, v]).unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4).contiguous()
+        tokens = x.new_empty(sum(lengths), *x.shape[2:])  # [L, 3 B, heads / size, head]
+        dist.all_to_all_single(tokens, x.flatten(0, 1), lengths, own, self.group)
+        x = attend(*tokens.transpose(0, 1).chunk(3), mask).transpose(0, 1).contiguous()  # [L, B, D / size]
+        heads = x.new_empty(sum(own), *x.shape[1:])
+        dist.all_to_all_single(heads, x, own, lengths, self.group)
+        return heads.unflatten(0, (self.size, -1)).permute(2, 1, 0, 3).flatten(2)
+
+
+@lru_cache  # groups are made once, by all processes
+def divide(branches, group):
+    """Divide a group of processes into crews: one for each guidance branch, if that comes out even, else one
+    for all branches. Returns the number of crews, which of them this process is in, and that one."""
+    count = branches if group.size() % branches == 0 else 1
+    size = group.size() // count
+    crew, _ = dist.new_subgroups(size, group)
+    return count, group.rank() // size, Crew(crew, size, crew.rank())
+
+
+@dataclass
 class Context:
     """Guidance branches as the MMDiT sees them: all that no step changes.
 
@@ -738,6 +787,8 @@ class Context:
     masks: list  # of each branch, [B, 1, 1, L], True where a key may be seen; None where nothing is padded
     rope: tuple  # (cos, sin) of the whole sequence
     guidance: Tensor  # [1, D], embedded
+    crew: Crew  # which, if it is of several processes, shares one branch: visual, words and rope are its share's
+    shares: list  # the number of tokens of each process of the crew
 
     def join(self, visual, text):
         """Two streams -> one, in which each branch has its visual tokens first and then its text."""
@@ -751,9 +802,12 @@ class Context:
 
     def attend(self, q, k, v):
         """Rotate, and let each branch attend to itself: 3 x [B, L, heads, head] -> [B, L, D]."""
+        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        if self.crew.size > 1:
+            return self.crew.attend(q, k, v, self.masks[0], self.shares)
         lengths = [sum(pair) for pair in zip(self.visual, self.words)]
-        streams = [x.split(lengths, 1) for x in (rotate(q, self.rope), rotate(k, self.rope), v)]
-        return joined([attend(*branch) for branch in zip(*streams, self.masks)])
+        branches = zip(*(x.split(lengths, 1) for x in (q, k, v)), self.masks)
+        return joined([attend(*branch) for branch in branches])
 
 
 def sinusoid(t, dim=256):
@@ -961,12 +1015,12 @@ class MMDiT(nn.Module):
     def blocks(self):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
-    def context(self, conditions, shape):
+    def context(self, conditions, shape, crew=Crew()):
         """The Context of guidance branches that run together: Conditions of one batch size, and the shape
-        (T, H, W) of the target's latents."""
+        (T, H, W) of the target's latents. A crew of several processes takes one branch."""
         config, embed = self.config, self.x_embedder["proj"]
         dtype = embed.weight.dtype
-        fixed, text, visual, positions, masks = [], [], [], [], []
+        fixed, text, visual, words, positions, masks = [], [], [], [], [], []
         for condition in conditions:
             tokens, mask = condition.tokens.to(dtype), condition.mask
             blank = tokens.new_zeros(len(tokens), config.in_channels, *shape)  # each step has its own target
@@ -975,31 +1029,37 @@ class MMDiT(nn.Module):
             packed, where = pack(references, condition.boundaries, target)
             fixed.append(packed[:, : -target[0, 0].numel()].clone())  # a view would keep all of it
             text.append((*self.context_embedder.embed(tokens, mask), mask))
-            visual.append(packed.shape[1])
             # Text is not rotated: position 0 on every axis is the rotation by nothing.
-            positions.append(F.pad(where, (0, 0, 0, tokens.shape[1])))
+            positions += [crew.own(part, 0) for part in (where, where.new_zeros(tokens.shape[1], 3))]
+            visual.append(len(positions[-2]))
+            words.append(len(positions[-1]))
             # Every visual token is seen.
-            masks.append(mask if mask is None else F.pad(mask, (len(where), 0), value=True)[:, None, None])
+            seen = tokens.new_ones(len(tokens), len(where), dtype=torch.bool)
+            shares = crew.joint(seen, seen.new_ones(tokens.shape[:2]) if mask is None else mask)
+            masks.append(mask if mask is None else torch.cat(shares, 1)[:, None, None])
         rope = rope_3d(torch.cat(positions), config.rope_axes_dim, config.rope_theta)
         # The distilled guidance input is kept, at a constant.
         guidance = sinusoid(torch.full((1,), 1000.0, device=rope[0].device))
         guidance = self.time_text_embed["guidance_embedder"](guidance)
-        return Context(fixed, text, visual, [x.shape[1] for x, _, _ in text], masks, rope, guidance)
+        lengths = [share.shape[1] for share in shares]
+        return Context(fixed, text, visual, words, masks, rope, guidance, crew, lengths)
 
-    def contexts(self, conditions, shape):
+    def contexts(self, conditions, shape, crew):
         """The Contexts of all guidance branches: one while they are small, else one each."""
         sizes = [math.prod(shape) + sum(math.prod(x.shape[2:]) for x in c.references) for c in conditions]
-        if max(sizes) > self.TOGETHER * math.prod(self.patch):
-            return [self.context([condition], shape) for condition in conditions]
+        if crew.size > 1 or max(sizes) > self.TOGETHER * math.prod(self.patch):
+            return [self.context([condition], shape, crew) for condition in conditions]
         return [self.context(conditions, shape)]
 
     def forward(self, latents, t, context):
         """Velocities [branches, B, C, T, H, W] of the noisy target `latents` [B, C, T, H, W] at time t [B] in
-        [0, 1], 1 = noise, in each branch of a Context of the same batch size."""
+        [0, 1], 1 = noise, in each branch of a Context of the same batch size. A process of a crew returns those
+        of its tokens, and zero elsewhere."""
         target = self.x_embedder["proj"](latents.to(self.x_embedder["proj"].weight.dtype))
         tokens, timestep = target.flatten(2).transpose(1, 2), 999 * t
-        x = torch.cat([part for fixed in context.fixed for part in (fixed, tokens)], 1)
-        text = joined([self.context_embedder(*branch, timestep) for branch in context.text])
+        lengths = [fixed.shape[1] + tokens.shape[1] for fixed in context.fixed]
+        x = context.crew.own(torch.cat([part for fixed in context.fixed for part in (fixed, tokens)], 1))
+        text = context.crew.own(joined([self.context_embedder(*part, timestep) for part in context.text]))
         embedding = self.time_text_embed["timestep_embedder"](sinusoid(timestep)) + context.guidance
 
         for block in self.transformer_blocks:
@@ -1009,19 +1069,20 @@ class MMDiT(nn.Module):
             x = self.run(block, x, embedding, context)
 
         scale, shift = self.norm_out(embedding)
-        x = self.proj_out(modulate(context.part(x)[0], shift, scale))
-        targets = [branch[:, -tokens.shape[1] :] for branch in x.split(context.visual, 1)]
+        x = context.crew.alone(self.proj_out(modulate(context.part(x)[0], shift, scale)), sum(lengths))
+        targets = [branch[:, -tokens.shape[1] :] for branch in x.split(lengths, 1)]
         return torch.stack([self.unpatchify(x, target.shape[2:]) for x in targets])
 
     def flops(self, context):
-        """Operations of a forward: each token takes 2 for a weight of the blocks, and 4 D for a token that it
+        """This process's operations in a forward: each token takes 2 for a weight of the blocks, and 4 D for a token that it
         attends to."""
         config, total = self.config, 0
         weights = (4 + 2 * config.mlp_ratio) * config.width**2  # of one stream, in blocks of all three kinds
         depth = config.num_layers + config.num_single_layers
         for visual, words in zip(context.visual, context.words):
             length = visual + words
-            total += depth * length * (2 * weights + 4 * config.width * length)
+            seen = sum(context.shares) if context.crew.size > 1 else length
+            total += depth * length * (2 * weights + 4 * config.width * seen)
             total += config.num_refiner_layers * words * (2 * weights + 4 * config.width * words)
         return total * len(context.fixed[0])
 
@@ -1379,7 +1440,7 @@ class Vino(nn.Module):
     @torch.no_grad()
     def generate(
         self, prompts, images=(), video=None, *, size, base=False, steps=None, shift=None, cfg_text=None,
-        cfg_image=None, negative_prompt=None, seed=0, noise=None, progress=False,
+        cfg_image=None, negative_prompt=None, seed=0, noise=None, group=None, progress=False,
     ):  # fmt: skip
         """Make an image or a video for each prompt.
 
@@ -1390,6 +1451,7 @@ class Vino(nn.Module):
             base: the last image is the one being edited, the others are references for the edit.
             steps, shift, cfg_text, cfg_image, negative_prompt: by default the config's, for image or video.
             seed: sample i starts from the noise of seed + i. noise: overrides it, [B, C, T, H, W].
+            group: processes of torch.distributed that all call this and share the work. The first one returns.
         Returns: pixels [B, 3, frames, height, width], in [-1, 1] but for overshoot.
         """
         defaults, kind = self.config.sampling, int(size[0] > 1)
@@ -1408,16 +1470,20 @@ class Vino(nn.Module):
             seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in seeds])
         noise = noise.to(self.mm_encoder.metaquery.device)
-        weights, conditions = zip(*branches.values())
-        contexts = self.transformer.contexts(conditions, noise.shape[2:])
+        count, number, crew = divide(len(branches), group) if group else (1, 0, Crew())
+        weights, conditions = zip(*[*branches.values()][number::count])
+        contexts = self.transformer.contexts(conditions, noise.shape[2:], crew)
 
         def guided(x, t):
             velocities = [v for context in contexts for v in self.transformer(x, t, context)]
-            return sum(weight * v.float() for weight, v in zip(weights, velocities, strict=True))
+            velocity = sum(weight * v.float() for weight, v in zip(weights, velocities, strict=True))
+            if group:
+                dist.all_reduce(velocity, group=group)  # over the branches, and over the tokens of a crew
+            return velocity
 
         shift = defaults.shift[kind] if shift is None else shift
         latents = sample(guided, noise, steps or defaults.steps, shift, progress)
-        return self.vae.decode(latents).float()
+        return None if group and group.rank() else self.vae.decode(latents).float()
 
 
 def random_tensors(expected, device, dtype):
