@@ -139,6 +139,8 @@ def build_parser():
     add("--config", metavar="FILE", help="a .json with the fields of the config to change")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, on a cpu float32")
+    offload_help = "keep most weights in the host's memory, for a GPU that is too small for them"
+    add("--offload", action="store_true", help=offload_help)
     compile_help = "torch.compile the MMDiT (default: on a GPU, where it saves more time than it takes)"
     add("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
     add("--profile", action="store_true", help="at the end print where time and memory went")
@@ -179,6 +181,8 @@ def check_arguments(args, config):
         raise InputError(f"--device {args.device}: not here ({str(error).splitlines()[0]})") from error
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
+    elif args.offload:
+        raise InputError("--offload needs a GPU")
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
 
 
@@ -992,9 +996,12 @@ def run_all(jobs, config, tokenizer, load):
 
 def load_model(weights, config, args, profile):
     with args.phase("load"):
-        model = Vino.load(weights, config, args.device, args.dtype)
+        model = Vino.load(weights, config, "cpu" if args.offload else args.device, args.dtype)
+        if args.offload:
+            model.offload(args.device)
     for block in model.transformer.blocks() if args.compile else ():
-        block.compile(dynamic=True)  # all lengths of text and references in one go
+        # Once for all lengths; without the block's hooks, which fetch offloaded weights.
+        block.forward = torch.compile(block.forward, dynamic=True)
     if profile:
         profile.watch(model)
     return model

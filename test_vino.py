@@ -19,8 +19,10 @@ import struct
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch starts: idle threads shall sleep, or the suite takes many times as long on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -643,6 +645,24 @@ def write_public_layout(model, folder):
     torch.save({name: t for name, t in parts["ckpt"].items() if name not in unused}, folder / "vino.ckpt")
 
 
+def test_offloaded_weights_come_in_turn_and_give_the_same_picture(tiny, photo, clip, monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":  # stand-ins for what a GPU does in the background
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 0))
+        monkeypatch.setattr(torch.cuda, "check_error", lambda result: None)
+    settings = {"size": (9, 64, 64), "steps": 2, "cfg_image": 1.5}
+    model = Vino.load("random", tiny.config, device)
+    resident = model.generate(["x"], [photo], clip, **settings)
+    model.offload(device)
+    assert relative_error(model.generate(["x"], [photo], clip, **settings), resident) < 1e-5
+    blocks = [p.data.untyped_storage() for block in model.transformer.blocks() for p in block.parameters()]
+    assert len({storage.data_ptr() for storage in blocks}) == 2  # slots
+
+
 def test_public_file_layouts_and_our_own_load_to_the_same_picture(tiny, tmp_path):
     expected = picture(tiny)
     write_public_layout(tiny, tmp_path)
@@ -946,6 +966,7 @@ BAD = {
     "--prompt x --weights hub": "cannot download Qwen/Qwen3-VL-4B-Instruct: no network",
     "--prompt x --weights tiny.safetensors --config other.json": "does not fit",
     "--prompt x --device moon": "--device moon",
+    "--prompt x --offload": "--offload needs a GPU",
     "--benchmark imgedit": "argument --benchmark: invalid choice: 'imgedit'",
     "--benchmark --prompt x": "give either --prompt",
     "--benchmark gedit --image wide.png": "--benchmark has its own references",

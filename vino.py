@@ -1411,6 +1411,14 @@ class Vino(nn.Module):
         save_file(tensors, unfinished, {"config": json.dumps(asdict(self.config)), "tokenizer": tokenizer})
         unfinished.replace(path)
 
+    def offload(self, device):
+        """Move to a GPU that is too small for all weights, from the host: layers of the MMDiT and of the VLM
+        stay there, and come to the GPU one by one. From now on the model cannot be saved."""
+        vlm = self.mm_encoder.mm_encoder.model
+        for layers in (self.transformer.blocks(), vlm.language_model.layers, vlm.visual.blocks):
+            Stream(layers, device)
+        self.to(device)
+
     @torch.no_grad()
     def encode(self, reference):
         """Both encoders of a Reference (2.2) -> EncodedReference."""
@@ -1484,6 +1492,46 @@ class Vino(nn.Module):
         shift = defaults.shift[kind] if shift is None else shift
         latents = sample(guided, noise, steps or defaults.steps, shift, progress)
         return None if group and group.rank() else self.vae.decode(latents).float()
+
+
+class Stream:
+    """Modules that run one after the other, again and again, with their weights in the host's memory. These
+    come to the GPU through two slots: while a module computes in one, the next one's arrive in the other."""
+
+    def __init__(self, modules, device):
+        self.device, self.copies, self.host, self.shapes = device, torch.cuda.Stream(device), [], []
+        self.coming = None  # the number of the module whose weights are in slot 0, or on their way
+        for number, module in enumerate(modules):
+            parameters = [*module.parameters()]
+            self.shapes.append([parameter.shape for parameter in parameters])
+            weights = torch.cat([parameter.detach().flatten().cpu() for parameter in parameters])
+            # Pinned in place: torch's own pinned memory is rounded up to a power of two.
+            torch.cuda.check_error(
+                torch.cuda.cudart().cudaHostRegister(weights.data_ptr(), weights.nbytes, 0)
+            )
+            self.host.append(weights)
+            for parameter in parameters:
+                parameter.data = parameter.data.new_empty(0)
+            module.register_forward_pre_hook(partial(self.enter, number))
+        self.slots = [torch.empty_like(max(self.host, key=len), device=device) for _ in range(2)]
+
+    def fetch(self, number):
+        """Begin to copy a module's weights to the slot that is not in use, which is slot 0 from now on."""
+        self.coming = number
+        self.slots.reverse()
+        self.copies.wait_stream(torch.cuda.current_stream(self.device))  # until its last user has computed
+        with torch.cuda.stream(self.copies):
+            self.slots[0][: len(self.host[number])].copy_(self.host[number], non_blocking=True)
+
+    def enter(self, number, module, inputs):
+        """Before a module computes: its own weights shall be there, and the next one's on their way."""
+        if self.coming != number:
+            self.fetch(number)
+        torch.cuda.current_stream(self.device).wait_stream(self.copies)
+        weights = self.slots[0][: len(self.host[number])].split([*map(math.prod, self.shapes[number])])
+        for parameter, part, shape in zip(module.parameters(), weights, self.shapes[number]):
+            parameter.data = part.view(shape)
+        self.fetch((number + 1) % len(self.host))
 
 
 def random_tensors(expected, device, dtype):
