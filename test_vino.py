@@ -673,6 +673,26 @@ def test_public_file_layouts_and_our_own_load_to_the_same_picture(tiny, tmp_path
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell of its memory")
+def test_only_a_small_part_of_a_file_is_in_memory_while_it_is_read(tmp_path):
+    def in_memory():
+        return int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+    tensors = {f"{k}": torch.full((2**18,), float(k)) for k in range(200)}  # 1 MiB each
+    save_file(tensors, tmp_path / "a.safetensors")
+    torch.save(tensors, tmp_path / "a.ckpt")
+    streams = (
+        vino.read_safetensors([tmp_path / "a.safetensors"], "", "cpu"),
+        vino.read_checkpoint(tmp_path / "a.ckpt"),
+    )
+    for stream in streams:
+        before, most = in_memory(), 0
+        for name, read in stream:
+            assert read().sum() == 2**18 * int(name)
+            most = max(most, in_memory() - before)
+        assert 16 < most < 80
+
+
 def test_weights_that_do_not_fit_are_one_line_that_names_the_tensor_or_field(tiny, tmp_path):
     path = tmp_path / "weights.safetensors"
     tiny.save(path)

@@ -1623,17 +1623,12 @@ def read_public(vlm, base, ckpt, config, device):
     for part, folder in ((qwen, vlm), (ours["mmdit"], base / "transformer"), (ours["vae"], base / "vae")):
         path = folder / "config.json"
         agree(part, read_json(path), folder.name, path)
-    try:
-        trained = torch.load(ckpt, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{ckpt} is not a checkpoint of plain tensors, or is cut short") from error
-    if not (isinstance(trained, dict) and all(isinstance(tensor, Tensor) for tensor in trained.values())):
-        raise InputError(f"{ckpt} holds something else than named tensors")
+    trained = open_checkpoint(ckpt).keys()
     yield from read_safetensors(shards(vlm), "mm_encoder.mm_encoder.", device)
     yield from read_safetensors(shards(base / "vae"), "vae.", device)
-    for name, tensor in trained.items():
+    for name, read in read_checkpoint(ckpt):
         if not name.startswith("mm_encoder.mm_encoder."):  # the frozen VLM again
-            yield name, lambda tensor=tensor: tensor
+            yield name, read
     for name, read in read_safetensors(shards(base / "transformer"), "transformer.", device):
         if name not in trained:
             yield name, read
@@ -1651,9 +1646,36 @@ def shards(folder):
     return files
 
 
+# Files are opened anew after so many tensors: what has been read of an open one counts as our memory.
+AT_ONCE = 32
+
+
 def read_safetensors(paths, prefix, device):
     """(name, function that reads the tensor to `device`) for every tensor of the files."""
     for path in paths:
-        with open_safetensors(path, device) as file:
-            for name in file.keys():
-                yield prefix + name, lambda name=name: file.get_tensor(name)
+        with open_safetensors(path) as file:
+            names = [*file.keys()]
+        for begin in range(0, len(names), AT_ONCE):
+            with open_safetensors(path, device) as file:
+                for name in names[begin : begin + AT_ONCE]:
+                    yield prefix + name, lambda name=name: file.get_tensor(name)
+
+
+def open_checkpoint(path):
+    """{name: tensor} of a `.ckpt` of torch. Tensors are read when they are used."""
+    try:
+        tensors = torch.load(existing(path), map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is not a checkpoint of plain tensors, or is cut short") from error
+    if not (isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
+        raise InputError(f"{path} holds something else than named tensors")
+    return tensors
+
+
+def read_checkpoint(path):
+    """(name, function that reads the tensor) for every tensor of a `.ckpt`."""
+    names = [*open_checkpoint(path)]
+    for begin in range(0, len(names), AT_ONCE):
+        tensors = open_checkpoint(path)
+        for name in names[begin : begin + AT_ONCE]:
+            yield name, lambda name=name: tensors[name]
