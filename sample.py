@@ -73,7 +73,7 @@ examples:
 
 def under_torchrun(name):
     """RANK, LOCAL_RANK or WORLD_SIZE of a process that torchrun has started, else of the only one."""
-    return int(os.environ.get(name, name == "WORLD_SIZE"))
+    return int(os.environ.get(name, 1 if name == "WORLD_SIZE" else 0))
 
 
 def say(*lines, file=None):
@@ -352,9 +352,9 @@ def prepare(job, config):
 
 
 def check_memory(size, job, mmdit):
-    """Refuse a result that cannot fit. A lower bound: the widest point of a single-stream block (its input,
-    and attention and feed-forward before and after they are joined), and the pixels as floats."""
-    tokens = ((size[0] - 1) // 4 + 1) * size[1] * size[2] // 256
+    """Refuse a result that cannot fit. A lower bound: the widest point of a single-stream block (its input as
+    it is and modulated, attention, and the feed-forward's activation with its input), and the pixels."""
+    tokens = ((size[0] - 1) // 4 + 1) * size[1] * size[2] // 256 // under_torchrun("WORLD_SIZE")
     need = tokens * mmdit.width * (3 + 2 * mmdit.mlp_ratio) * job.dtype.itemsize + 12 * math.prod(size)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if job.device.startswith("cuda"):
@@ -900,7 +900,8 @@ def benchmark(args, config, load):
 
 
 class Profile:
-    """Seconds, memory and operations of a run's phases. The model does not know: its methods are wrapped."""
+    """Seconds, memory and operations of a run's phases. The model does not know: its methods are wrapped.
+    Memory is what torch had allocated on the GPU at most, without one what the process had used so far."""
 
     def __init__(self, device, dtype):
         self.device, self.dtype, self.cuda = device, dtype, device.startswith("cuda")

@@ -545,7 +545,7 @@ def one_of_two(rank, folder, photo, clip, port):
     forward, seen = model.transformer.forward, []
     model.transformer.forward = lambda x, t, context: seen.append(context.visual) or forward(x, t, context)
     pixels = [*generated(model, photo, clip, torch.distributed.group.WORLD)]
-    # Two branches, each on one process; then three, each of 115 visual tokens (or without the image 98) on both.
+    # Two branches, each on one process; then three, of 115 visual tokens or without the image 98, on both.
     assert seen == [[15]] * 2 + [[58 - rank], [58 - rank], [49]] * 2
     torch.distributed.destroy_process_group()
     assert all(sample is None for sample in pixels) == (rank == 1)

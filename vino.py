@@ -727,9 +727,9 @@ def joined(parts):
 
 @dataclass
 class Crew:
-    """Processes that run a guidance branch together, each with a share of its tokens ("Ulysses"). Where tokens
-    meet, in attention, each process has all tokens instead, and a share of the heads. Their number must divide
-    the number of heads. A process by itself is a crew, too."""
+    """Processes that run a guidance branch together ("Ulysses"), each with a share of its tokens. In attention,
+    where tokens meet, each has all tokens instead, and a share of the heads. Their number must divide the
+    number of heads. A process by itself is a crew, too."""
 
     group: dist.ProcessGroup | None = None
     size: int = 1
@@ -787,7 +787,7 @@ class Context:
     masks: list  # of each branch, [B, 1, 1, L], True where a key may be seen; None where nothing is padded
     rope: tuple  # (cos, sin) of the whole sequence
     guidance: Tensor  # [1, D], embedded
-    crew: Crew  # which, if it is of several processes, shares one branch: visual, words and rope are its share's
+    crew: Crew  # If it is of several processes, there is one branch; visual, words and rope are of our share.
     shares: list  # the number of tokens of each process of the crew
 
     def join(self, visual, text):
@@ -993,7 +993,7 @@ class MMDiT(nn.Module):
 
     UNUSED = "time_text_embed.text_embedder."  # CLIP's pooled text: in the base checkpoint, not in VINO
     # Guidance branches of up to so many visual tokens run together: small ones alone leave a GPU half idle.
-    # Larger ones fill it, and together would only take twice the memory.
+    # Larger ones fill it, and together would only take the memory of all.
     TOGETHER = 8192
 
     def __init__(self, config):
@@ -1034,8 +1034,8 @@ class MMDiT(nn.Module):
             visual.append(len(positions[-2]))
             words.append(len(positions[-1]))
             # Every visual token is seen.
-            seen = tokens.new_ones(len(tokens), len(where), dtype=torch.bool)
-            shares = crew.joint(seen, seen.new_ones(tokens.shape[:2]) if mask is None else mask)
+            seen = [torch.ones_like(x[..., 0], dtype=torch.bool) for x in (packed, tokens)]
+            shares = crew.joint(seen[0], seen[1] if mask is None else mask)
             masks.append(mask if mask is None else torch.cat(shares, 1)[:, None, None])
         rope = rope_3d(torch.cat(positions), config.rope_axes_dim, config.rope_theta)
         # The distilled guidance input is kept, at a constant.
@@ -1047,14 +1047,15 @@ class MMDiT(nn.Module):
     def contexts(self, conditions, shape, crew):
         """The Contexts of all guidance branches: one while they are small, else one each."""
         sizes = [math.prod(shape) + sum(math.prod(x.shape[2:]) for x in c.references) for c in conditions]
-        if crew.size > 1 or max(sizes) > self.TOGETHER * math.prod(self.patch):
+        visual = len(conditions[0].tokens) * max(sizes) // math.prod(self.patch)
+        if crew.size > 1 or visual > self.TOGETHER:
             return [self.context([condition], shape, crew) for condition in conditions]
         return [self.context(conditions, shape)]
 
     def forward(self, latents, t, context):
         """Velocities [branches, B, C, T, H, W] of the noisy target `latents` [B, C, T, H, W] at time t [B] in
-        [0, 1], 1 = noise, in each branch of a Context of the same batch size. A process of a crew returns those
-        of its tokens, and zero elsewhere."""
+        [0, 1], 1 = noise, in each branch of a Context of the same batch size. A process of a crew returns the
+        velocity of its own tokens, and zero elsewhere."""
         target = self.x_embedder["proj"](latents.to(self.x_embedder["proj"].weight.dtype))
         tokens, timestep = target.flatten(2).transpose(1, 2), 999 * t
         lengths = [fixed.shape[1] + tokens.shape[1] for fixed in context.fixed]
@@ -1074,8 +1075,8 @@ class MMDiT(nn.Module):
         return torch.stack([self.unpatchify(x, target.shape[2:]) for x in targets])
 
     def flops(self, context):
-        """This process's operations in a forward: each token takes 2 for a weight of the blocks, and 4 D for a token that it
-        attends to."""
+        """Operations of this process in a forward: a token takes 2 for each weight of the blocks, and 4 D for
+        each token that it attends to."""
         config, total = self.config, 0
         weights = (4 + 2 * config.mlp_ratio) * config.width**2  # of one stream, in blocks of all three kinds
         depth = config.num_layers + config.num_single_layers
@@ -1459,8 +1460,9 @@ class Vino(nn.Module):
             base: the last image is the one being edited, the others are references for the edit.
             steps, shift, cfg_text, cfg_image, negative_prompt: by default the config's, for image or video.
             seed: sample i starts from the noise of seed + i. noise: overrides it, [B, C, T, H, W].
-            group: processes of torch.distributed that all call this and share the work. The first one returns.
-        Returns: pixels [B, 3, frames, height, width], in [-1, 1] but for overshoot.
+            group: processes of torch.distributed, which all call this and share the work.
+        Returns: pixels [B, 3, frames, height, width], in [-1, 1] but for overshoot; None in all processes of
+            the group but the first.
         """
         defaults, kind = self.config.sampling, int(size[0] > 1)
         negative = defaults.negative_prompt[kind] if negative_prompt is None else negative_prompt
@@ -1499,21 +1501,23 @@ class Stream:
     come to the GPU through two slots: while a module computes in one, the next one's arrive in the other."""
 
     def __init__(self, modules, device):
-        self.device, self.copies, self.host, self.shapes = device, torch.cuda.Stream(device), [], []
+        self.device, self.copies = device, torch.cuda.Stream(device)
         self.coming = None  # the number of the module whose weights are in slot 0, or on their way
+        self.shapes = [[parameter.shape for parameter in module.parameters()] for module in modules]
+        sizes = [sum(map(math.prod, shapes)) for shapes in self.shapes]
+        host = torch.empty(sum(sizes), dtype=next(modules[0].parameters()).dtype)
+        self.host = host.split(sizes)
         for number, module in enumerate(modules):
-            parameters = [*module.parameters()]
-            self.shapes.append([parameter.shape for parameter in parameters])
-            weights = torch.cat([parameter.detach().flatten().cpu() for parameter in parameters])
-            # Pinned in place: torch's own pinned memory is rounded up to a power of two.
-            torch.cuda.check_error(
-                torch.cuda.cudart().cudaHostRegister(weights.data_ptr(), weights.nbytes, 0)
+            torch.cat(
+                [parameter.detach().flatten().cpu() for parameter in module.parameters()],
+                out=self.host[number],
             )
-            self.host.append(weights)
-            for parameter in parameters:
+            for parameter in module.parameters():
                 parameter.data = parameter.data.new_empty(0)
             module.register_forward_pre_hook(partial(self.enter, number))
-        self.slots = [torch.empty_like(max(self.host, key=len), device=device) for _ in range(2)]
+        # Pinned in place: torch would round up to a power of two.
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
+        self.slots = [torch.empty(max(sizes), dtype=host.dtype, device=device) for _ in range(2)]
 
     def fetch(self, number):
         """Begin to copy a module's weights to the slot that is not in use, which is slot 0 from now on."""
