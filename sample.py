@@ -468,7 +468,9 @@ def write_mp4(path, frames, fps, comment):
         stream = file.add_stream("libx264", rate=fps, options={"crf": "17"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for frame in frames:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            # Converted here, because the encoder's own conversion differs from run to run (av 18).
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p")
+            file.mux(stream.encode(picture))
         file.mux(stream.encode())
 
 

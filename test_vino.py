@@ -877,6 +877,15 @@ def test_the_same_command_gives_the_same_pixels_and_many_seeds_equal_single_runs
     assert (four == single).all() and (three != four).any()
 
 
+def test_the_same_frames_give_the_same_file(media):
+    tiles = np.random.default_rng(0).integers(0, 255, (9, 8, 8, 3), dtype=np.uint8)
+    frames, files = np.kron(tiles, np.ones((1, 8, 8, 1), np.uint8)), set()
+    for _ in range(40):
+        command_line.write_mp4("a.mp4", frames, 8, "")
+        files.add(Path("a.mp4").read_bytes())
+    assert len(files) == 1
+
+
 def test_results_carry_command_seed_and_prompt(media):
     for name, frames in (("a.png", "1"), ("a.gif", "5"), ("a.mp4", "5")):
         assert sample_py("--prompt", "<|im_end|> é", "--seed", "7", "--frames", frames, "--out", name) == 0

@@ -727,9 +727,9 @@ def joined(parts):
 
 @dataclass
 class Crew:
-    """Processes that run a guidance branch together ("Ulysses"), each with a share of its tokens. In attention,
-    where tokens meet, each has all tokens instead, and a share of the heads. Their number must divide the
-    number of heads. A process by itself is a crew, too."""
+    """Processes that run a guidance branch together ("Ulysses"), each with a share of its tokens. In
+    attention, where tokens meet, each has all tokens instead, and a share of the heads. Their number must
+    divide the number of heads. A process by itself is a crew, too."""
 
     group: dist.ProcessGroup | None = None
     size: int = 1
@@ -1417,7 +1417,7 @@ class Vino(nn.Module):
         stay there, and come to the GPU one by one. From now on the model cannot be saved."""
         vlm = self.mm_encoder.mm_encoder.model
         for layers in (self.transformer.blocks(), vlm.language_model.layers, vlm.visual.blocks):
-            Stream(layers, device)
+            Offload(layers, device)
         self.to(device)
 
     @torch.no_grad()
@@ -1496,7 +1496,7 @@ class Vino(nn.Module):
         return None if group and group.rank() else self.vae.decode(latents).float()
 
 
-class Stream:
+class Offload:
     """Modules that run one after the other, again and again, with their weights in the host's memory. These
     come to the GPU through two slots: while a module computes in one, the next one's arrive in the other."""
 
