@@ -8,7 +8,7 @@
     3. Toy world          samples of every task, made on the fly
     4. Manifests          samples from files, in buckets of one layout (3.1)
     5. The loss           (appendix B)  one module, from a batch to its losses
-    6. Many GPUs          (3.1)  DDP, ZeRO-2, FSDP
+    6. Memory, many GPUs  (3.1)  gradient checkpointing, DDP, ZeRO-2, FSDP
     7. Checkpoints        all that a run needs to go on exactly where it was
     8. Watching           metrics, validation, pictures
     9. The loop, and the command line
@@ -37,6 +37,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import chain, combinations, count, islice, product
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -826,8 +828,21 @@ class Objective(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 6. Many GPUs (3.1): DDP, ZeRO-2, FSDP
+# 6. Memory, and many GPUs (3.1): gradient checkpointing, DDP, ZeRO-2, FSDP
 # ----------------------------------------------------------------------------------------------------------
+
+
+def checkpointed(block, *inputs):
+    """A block's forward that keeps its inputs and what its attention gives, and computes all else again for
+    the backward. Attention is most of a long sequence's work, and its result little of the memory."""
+    forward = partial(type(block).forward, block)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=keep_attention)
+
+
+def keep_attention():
+    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
+    return create_selective_checkpoint_contexts(kept)
 
 
 def rank():
@@ -1083,11 +1098,13 @@ class Trainer:
 
     def set_up(self):
         """The module to train, its parameters by name, AdamW, and the averaged weights."""
-        args, stage, transformer = self.args, self.stage, self.vino.transformer
-        transformer.checkpointing = stage.checkpointing
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-        for block in blocks if args.compile else ():
-            block.compile(dynamic=True)
+        args, stage = self.args, self.stage
+        blocks = self.vino.transformer.blocks()
+        for block in blocks:
+            if stage.checkpointing:
+                block.forward = MethodType(checkpointed, block)
+            if args.compile:  # once for all lengths
+                block.forward = torch.compile(block.forward, dynamic=True)
         self.objective = Objective(self.vino, args.stage, stage.shift).to(self.device)
         prefixes = tuple(MODULES[name] for name in stage.trainable)
         for name, p in self.named_parameters():  # table 1's last row; the ablated queries are empty

@@ -35,7 +35,6 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
@@ -999,7 +998,6 @@ class MMDiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, width = config, config.width
-        self.checkpointing = False
         self.patch = (config.patch_size_t, config.patch_size, config.patch_size)
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(config.in_channels, width, *[self.patch] * 2)})
         self.context_embedder = TokenRefiner(config)
@@ -1064,10 +1062,10 @@ class MMDiT(nn.Module):
         embedding = self.time_text_embed["timestep_embedder"](sinusoid(timestep)) + context.guidance
 
         for block in self.transformer_blocks:
-            x, text = self.run(block, x, text, embedding, context)
+            x, text = block(x, text, embedding, context)
         x = context.join(x, text)
         for block in self.single_transformer_blocks:
-            x = self.run(block, x, embedding, context)
+            x = block(x, embedding, context)
 
         scale, shift = self.norm_out(embedding)
         x = context.crew.alone(self.proj_out(modulate(context.part(x)[0], shift, scale)), sum(lengths))
@@ -1086,11 +1084,6 @@ class MMDiT(nn.Module):
             total += depth * length * (2 * weights + 4 * config.width * seen)
             total += config.num_refiner_layers * words * (2 * weights + 4 * config.width * words)
         return total * len(context.fixed[0])
-
-    def run(self, block, *inputs):
-        if self.checkpointing and torch.is_grad_enabled():  # 3.1: keep a block's inputs, recompute the rest
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def unpatchify(self, x, shape):  # [B, T*H*W, C * patch] -> [B, C, T, H, W]
         x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, tuple(shape))  # [B, T, H, W, C, pt, ph, pw]
