@@ -344,7 +344,7 @@ def test_guidance_branches_of_different_length_run_in_one_forward_and_equal_sepa
 
 @torch.no_grad()
 def test_the_profiles_operations_are_those_that_torch_counts(tiny, branches):
-    noise, t = torch.randn(2, 16, 9, 16, 16), torch.tensor([0.5, 0.9])
+    noise, t = torch.randn(2, 16, 3, 16, 16), torch.tensor([0.5, 0.9])
     context = tiny.transformer.context(branches, noise.shape[2:])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         tiny.transformer(noise, t, context)
@@ -358,7 +358,7 @@ def test_small_branches_run_together_and_large_ones_one_after_the_other(tiny, ph
     monkeypatch.setattr(tiny.transformer, "forward", lambda *inputs: forwards.append(1) or forward(*inputs))
     together = tiny.generate(["x"], [photo], **settings)
     assert len(forwards) == 2
-    monkeypatch.setattr(MMDiT, "TOGETHER", 29)  # the image and its reference have 30 patches
+    monkeypatch.setattr(MMDiT, "TOGETHER", 119)  # the image and its reference have 120 patches
     assert relative_error(tiny.generate(["x"], [photo], **settings), together) < 1e-5
     assert len(forwards) == 2 + 3 * 2
 
@@ -1204,7 +1204,7 @@ def test_words_outside_the_toy_world_are_named():
 def test_the_shipped_weights_are_small_and_their_vae_and_vlm_know_the_toy_world(world, media, capsys):
     path = HERE / "assets" / "tiny.safetensors"
     assert path.stat().st_size <= 16 * 2**20
-    call = ["--benchmark", "autoencoder", "understanding", "--samples", "16", "--weights", str(path)]
+    call = ["--benchmark", "autoencoder", "understanding", "--samples", "10", "--weights", str(path)]
     assert sample_py(*call) == 0
     rows = dict(re.findall(r"^\| (\w+) \| \d+ \| ([\d.]+)", capsys.readouterr().out, re.MULTILINE))
     assert float(rows["images"]) > 35 and float(rows["clips"]) > 32 and float(rows["mean"]) > 95
@@ -1236,7 +1236,7 @@ SMALL = {  # tiny_config.json, smaller
     "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
                "deepstack_visual_indexes": [0, 1]},
     "mmdit": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 1,
-              "num_refiner_layers": 1, "text_embed_dim": 32, "rope_axes_dim": [4, 6, 6]},
+              "num_refiner_layers": 1, "patch_size": 2, "text_embed_dim": 32, "rope_axes_dim": [4, 6, 6]},
     "vae": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1},
     "sampling": {"frames": 5}, "num_queries": 4,
 }  # fmt: skip
