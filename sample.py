@@ -111,7 +111,7 @@ def build_parser():
     add("--image", metavar="FILE", nargs="+", action="extend", default=[], help="Image 1, Image 2, ...")
     add("--video", metavar="FILE", help="Video 1")
     add("--base", action="store_true", help="the last image is the one to edit, the others guide the edit")
-    add("--rewrite", action="store_true", help="let the VLM expand the prompt first, and print it")
+    add("--rewrite", action="store_true", help="let the VLM expand the prompt first")
     add("--tasks", metavar="FILE", help="many of these from a .json in the release's format")
 
     add = parser.add_argument_group("benchmarks of the toy world: a table and a picture").add_argument
@@ -154,7 +154,7 @@ def check_arguments(args, config):
         raise InputError("give either --prompt TEXT or --tasks FILE or --benchmark; --help tells more")
     if args.tasks and (args.image or args.video or args.base or args.explain or args.num > 1 or not args.out):
         raise InputError("--tasks needs --out DIR and excludes --image, --video, --base, --num and --explain")
-    shape = (args.image, args.video, args.base, args.explain, args.rewrite, args.num > 1)
+    shape = (args.image, args.video, args.base, args.explain, args.num > 1)
     if args.benchmark is not None and any((*shape, args.frames, args.height, args.width)):
         raise InputError("--benchmark has its own references, and one size: leave out options for these")
     if (args.height is None) != (args.width is None):
@@ -415,7 +415,7 @@ def run(job, config, tokenizer, load):
         job.notices.append(f"'{word}' means nothing to this model: {told}")
     announce(job)
     if job.rewrite:
-        job.prompt = load().mm_encoder.rewrite(job.prompt) or job.prompt
+        job.prompt = load().mm_encoder.rewrite([job.prompt])[0] or job.prompt
         say(f"rewritten: {job.prompt}", file=sys.stdout)
     if job.explain:
         sequence = explain(job.prompt, [*images, video] if video else images, size, tokenizer, config)
@@ -878,6 +878,8 @@ def benchmark(args, config, load):
     announce(args)
 
     def generate(batch):
+        if args.rewrite and not batch.references:
+            batch.prompts = model.mm_encoder.rewrite(batch.prompts)
         return train.generate(model, batch, seed=batch.keys[0], **settings).cpu()
 
     def answer(batch):

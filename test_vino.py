@@ -949,7 +949,7 @@ def test_explain_is_the_sequence_that_the_model_sees(media, capsys, monkeypatch)
 
 
 def test_a_rewritten_prompt_is_printed_and_used(media, capsys, monkeypatch):
-    monkeypatch.setattr(vino.MultiModalEncoder, "rewrite", lambda self, prompt: f"{prompt}, at dawn")
+    monkeypatch.setattr(vino.MultiModalEncoder, "rewrite", lambda self, prompts: [f"{prompts[0]}, at dawn"])
     assert sample_py("--prompt", "a dot", "--rewrite") == 0
     assert "rewritten: a dot, at dawn" in capsys.readouterr().out
     assert Image.open("a-dot_0.png").text["prompt"] == "a dot, at dawn"
@@ -1223,6 +1223,11 @@ def test_a_benchmark_writes_its_table_with_intervals_and_its_picture(media, caps
     assert re.search(r"\| overall \| 12 \| [\d.]+% \([\d.]+% to [\d.]+%\) \|", text)
     assert Image.open("benchmark/benchmark.png").height >= (6 + 2) * 2 * 64
     assert "benchmark.md exists; --overwrite" in refusal(capsys, *call)
+    told, generate = [], Vino.generate
+    monkeypatch.setattr(vino.MultiModalEncoder, "rewrite", lambda self, prompts: ["long"] * len(prompts))
+    monkeypatch.setattr(Vino, "generate", lambda *a, **b: told.extend(a[1]) or generate(*a, **b))
+    edits = ["--benchmark", "vbench", "gedit", "--samples", "1", "--steps", "1", "--rewrite", "--overwrite"]
+    assert sample_py(*edits) == 0 and told[0] == "long" and "long" not in told[1:]
     assert command_line.interval([True] * 9 + [False]) == "90.0% (59.6% to 98.2%)"  # Wilson's, by hand
 
 

@@ -175,11 +175,12 @@ TASKS = {
     "look": Task("look", (1, 2, 3)),
     "watch": Task("look", (0,), video=True, clip=True),
     "rewrite": Task("rewrite", (0,)),
+    "rewrite_clip": Task("rewrite", (0,), clip=True),
 }
 MIXTURES = {  # the shares are ours: figure 6 shows the paper's as a drawing only
     "0-vae": {"t2i": 0.4, "t2v": 0.6},
-    "0-vlm": {"look": 0.25, "watch": 0.15, "rewrite": 0.1, "ti2i": 0.1}
-    | dict.fromkeys(["t2i", "t2v", "i2v", "motion", "ti2i_ref", "ti2v", "tv2v", "tiv2v"], 0.05),
+    "0-vlm": {"look": 0.2, "watch": 0.15, "rewrite": 0.1, "rewrite_clip": 0.1}
+    | dict.fromkeys(["t2i", "t2v", "i2v", "motion", "ti2i", "ti2i_ref", "ti2v", "tv2v", "tiv2v"], 0.05),
     "0-mmdit": {"t2i": 0.5, "t2v": 0.5},
     "1": {"t2i": 0.4, "t2v": 0.4, "reconstruction": 0.2},
     "2": {"t2i": 0.4, "t2v": 0.4, "selection": 0.2},
@@ -464,9 +465,9 @@ class Teller(random.Random):
         return Sample("", text, text, shown, video, video or shown[number])
 
     def rewrite(self, images, clip):
-        """A short prompt, to make a long one of."""
+        """A prompt, most often a short one, to make a long one of that says everything."""
         sample = self.caption(0, clip)
-        text = REWRITE_PROMPT + sample.short_prompt
+        text = REWRITE_PROMPT + self.choice([sample.prompt, *[sample.short_prompt] * 3])
         return sample._replace(prompt=text, short_prompt=text)
 
     def copy(self, images, clip):

@@ -601,9 +601,9 @@ class MultiModalEncoder(nn.Module):
         rows = torch.stack(ids, 1).tolist()
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
-    def rewrite(self, prompt):
-        """Let the VLM expand a short prompt into a long one (the paper's dagger)."""
-        return self.answer([REWRITE_PROMPT + prompt])[0]
+    def rewrite(self, prompts):
+        """Let the VLM expand short prompts into long ones (the paper's dagger)."""
+        return self.answer([REWRITE_PROMPT + prompt for prompt in prompts])
 
 
 def frame_attention(attention, x, cu_seqlens, position_embeddings, **_):
