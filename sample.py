@@ -5,7 +5,7 @@
     python sample.py --help
 
 From top to bottom: arguments, jobs, from the references to the files, the table of --explain, the benchmarks,
-main.
+--profile, main.
 What the user gets wrong is one line on stderr and exit status 2, and found before the model is loaded.
 `torchrun --nproc-per-node N sample.py ...` spreads each sample over N GPUs.
 """
@@ -33,12 +33,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+import train
 import vino
-from vino import Config, InputError, Reference, Vino
+from vino import Config, InputError, Reference, Vino, read_frames, read_image
 
 HERE = Path(__file__).resolve().parent
 TASKS = {  # the release's names: what goes in (text, image, video), what comes out
@@ -283,31 +284,6 @@ def checked(job):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def read_image(path):
-    """The picture at `path` as RGB: upright, and over white where it is transparent."""
-    vino.existing(path)
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not an image, or is cut short") from error
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def read_frames(path):
-    """The frames of the video at `path`, one after the other: uint8 [H, W, 3], upright."""
-    import av  # here, so that pictures do without it
-
-    try:
-        with av.open(str(vino.existing(path))) as file:
-            if file.format.name == "tty":  # ffmpeg would film a text file
-                raise InputError(f"{path} is a text, not a video")
-            for frame in file.decode(video=0) if file.streams.video else ():
-                yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-    except av.FFmpegError as error:
-        raise InputError(f"{path} is not a video, or is cut short") from error
-
-
 class Clip:
     """A video file that is indexed like an array [T, H, W, 3]. It is decoded anew each time, and only the
     frames asked for stay in memory, however long it is."""
@@ -517,8 +493,6 @@ def shrink(frames):
 def detect(frames):
     """What frames [N, 3, H, W] in [-1, 1] show -> N Seens. A colour, a shape or a background that is none of
     the toy world's is "unclear"."""
-    import train
-
     names, grounds = [*train.BACKGROUNDS, *train.COLORS], len(train.BACKGROUNDS)
     palette = torch.tensor([*train.BACKGROUNDS.values(), *train.COLORS.values()], dtype=torch.float32)
     distance = torch.cdist(shrink(frames).flatten(2).transpose(1, 2), palette)  # [N, 64 * 64, colours]
@@ -554,8 +528,6 @@ def components(mask):
 def identify(mask, sure, names):
     """The Thing that covers a mask [64, 64]: of the colour that most of it surely [64, 64, colours] has, and
     of the shape that, drawn with the same centre and area, overlaps it most."""
-    import train
-
     shares = sure[mask].float().mean(0)
     color = names[shares.argmax()] if shares.max() > 0.6 else "unclear"
     (y, x), area, pixel = (mask.nonzero() + 0.5).mean(0), mask.sum(), torch.arange(64) + 0.5
@@ -578,8 +550,6 @@ def looks(things):
 def fits(seen, scene, time=0.0, sizes=True):
     """Is a frame that moment of the scene? One thing for each object, within 4 pixels of its place and, if
     sizes count, 3 of its radius: half the way from small to large."""
-    import train
-
     def same(thing, item):
         x, y, r = train.trace(item, time)
         near = math.hypot(thing.x - x, thing.y - y) < 4 and (not sizes or abs(thing.r - r) < 3)
@@ -602,8 +572,6 @@ def score_image(row, sample, output, target, source):
 
 def is_placed(prompt, told, things):
     """Does the relation hold that a prompt states, or is each object in its cell?"""
-    import train
-
     things = {(thing.shape, thing.color): thing for thing in things}
     told = sorted(told, key=lambda item: prompt.find(f"{item.color} {item.shape}"))
     ours = [things[item[:2]] for item in told]
@@ -647,8 +615,6 @@ def bend(path, time):
 
 def motion_of(item, seen):
     """The motion, out of train.MOTIONS, that is nearest to what an object did; None if it is not there."""
-    import train
-
     begin, end = ([t[2:] for t in seen[time].things if t[:2] == item[:2]] for time in (0, -1))
     if (len(begin), len(end)) != (1, 1):
         return None
@@ -696,8 +662,6 @@ def score_edit(row, sample, output, target, source):
 
 def score_answer(row, sample, answer, target, source):
     """Understanding: which words of the toy world does an answer name? Only the right one counts."""
-    import train
-
     [item], ground = sample.target.objects, sample.target.background
     does = {motion.does: name for name, motion in train.MOTIONS.items()}
     grounds = {f"{name} background": name for name in train.BACKGROUNDS}
@@ -787,8 +751,6 @@ BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows 
 def draw_batches(part, samples, world, device):
     """A part's samples, half of them with their short prompts, as pairs (Samples, Batch of one layout). No
     training run draws from these seeds."""
-    import train
-
     for number, (task, images) in enumerate(part.layouts):
         share = (samples + number) // len(part.layouts)
         script, clip = train.TASKS[task].script, train.TASKS[task].clip
@@ -807,8 +769,6 @@ def measure(suites, samples, world, device, ways):
     "generate" and "autoencode" give pixels [B, 3, T, H, W], "answer" the VLM's B texts.
 
     Returns: {suite: {(row, column): values}}, and rows for train.contact_sheet."""
-    import train
-
     results, sheet = {suite: defaultdict(list) for suite in suites}, []
     bar = tqdm(total=samples * sum(len(SUITES[suite]) for suite in suites), unit="sample")
     for suite, part in [(suite, part) for suite in suites for part in SUITES[suite]]:
@@ -866,8 +826,6 @@ def table(results):
 
 def benchmark(args, config, load):
     """Do --benchmark: write and print the table, and write the picture."""
-    import train
-
     folder = Path(args.out or "benchmark")
     folder.mkdir(exist_ok=True)
     for name in ("benchmark.md", "benchmark.png"):

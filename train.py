@@ -57,11 +57,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from sample import read_frames, read_image
 from vino import (
     REWRITE_PROMPT, SYSTEM_PROMPT, Condition, Config, EncodedReference, InputError, MMDiT, Modulation,
     Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, continued, flow_loss, letterbox, normalize,
-    override, patchify, read_json, sample, to_frames, video_size, vlm_size,
+    override, patchify, read_frames, read_image, read_json, sample, to_frames, video_size, vlm_size,
 )  # fmt: skip
 
 HERE = Path(__file__).parent

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -1550,6 +1550,31 @@ def existing(path):
     if not Path(path).exists():
         raise InputError(f"{path} does not exist")
     return Path(path)
+
+
+def read_image(path):
+    """The picture at `path` as RGB: upright, and over white where it is transparent."""
+    existing(path)
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not an image, or is cut short") from error
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def read_frames(path):
+    """The frames of the video at `path`, one after the other: uint8 [H, W, 3], upright."""
+    import av  # here, so that pictures do without it
+
+    try:
+        with av.open(str(existing(path))) as file:
+            if file.format.name == "tty":  # ffmpeg would film a text file
+                raise InputError(f"{path} is a text, not a video")
+            for frame in file.decode(video=0) if file.streams.video else ():
+                yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    except av.FFmpegError as error:
+        raise InputError(f"{path} is not a video, or is cut short") from error
 
 
 def read_json(path):
