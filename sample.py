@@ -567,7 +567,9 @@ def score_image(row, sample, output, target, source):
     right = looks(things) == looks(told)
     if row in ("single object", "two objects"):  # their colours are another row's
         right = sorted(thing.shape for thing in things) == sorted(item.shape for item in told)
-    return {(row, "right"): right and (row != "position" or is_placed(sample.prompt, told, things))}
+    right = right and (row != "position" or is_placed(sample.prompt, told, things))
+    length = "short prompts" if sample.prompt == sample.short_prompt else "long prompts"
+    return {(row, "right"): right, (row, length): right}
 
 
 def is_placed(prompt, told, things):
