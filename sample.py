@@ -39,9 +39,9 @@ from tqdm import tqdm
 
 import train
 import vino
+from train import HERE, TINY, bounded, one_line, rank, say
 from vino import Config, InputError, Reference, Vino, read_frames, read_image
 
-HERE = Path(__file__).resolve().parent
 TASKS = {  # the release's names: what goes in (text, image, video), what comes out
     "t2i": "text to image", "t2v": "text to video", "i2v": "image to video", "ti2i": "image edit",
     "ti2v": "images to video", "tv2v": "video edit", "tiv2v": "video edit with images",
@@ -72,40 +72,16 @@ examples:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def under_torchrun(name):
-    """RANK, LOCAL_RANK or WORLD_SIZE of a process that torchrun has started, else of the only one."""
-    return int(os.environ.get(name, 1 if name == "WORLD_SIZE" else 0))
-
-
-def say(*lines, file=None):
-    """Print to stderr, or to `file`: only the first process."""
-    if under_torchrun("RANK") == 0:
-        print(*lines, sep="\n", file=file or sys.stderr, flush=True)
-
-
-def number(kind, least, most):
-    """An argument's type: an int or a float from `least` to `most`."""
-
-    def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"{kind.__name__} ({least} to {most})"  # argparse reports "invalid {__name__} value"
-    return parse
-
-
 def build_parser():
     parser = argparse.ArgumentParser("sample.py", USAGE, epilog=EPILOG, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def refuse(message):
-        say(f"sample.py: error: {' '.join(str(message).split())}")
+        say(f"sample.py: error: {one_line(message)}")
         sys.exit(2)
 
     parser.error = refuse
-    side, scale = number(int, 16, 10**6), number(float, 0, 1000)
+    side, scale = bounded(int, 16, 10**6), bounded(float, 0, 1000)
 
     add = parser.add_argument_group("what to make").add_argument
     add("--prompt", metavar="TEXT", help="what to make, or what to change")
@@ -117,22 +93,22 @@ def build_parser():
 
     add = parser.add_argument_group("benchmarks of the toy world: a table and a picture").add_argument
     add("--benchmark", metavar="SUITE", nargs="*", choices=SUITES, help=f"{', '.join(SUITES)} (default: all)")
-    add("--samples", metavar="N", type=number(int, 1, 10**5), default=100, help="of each row (default: 100)")
+    add("--samples", metavar="N", type=bounded(int, 1, 10**5), default=100, help="of each row (default: 100)")
 
     add = parser.add_argument_group("the result").add_argument
     add("--out", metavar="PATH", help=".png, .mp4, .gif or a folder (default: named by prompt and seed)")
     add("--overwrite", action="store_true", help="replace files that exist")
-    add("--frames", metavar="N", type=number(int, 1, 10**6), help="4k + 1; 1 is an image")
+    add("--frames", metavar="N", type=bounded(int, 1, 10**6), help="4k + 1; 1 is an image")
     add("--height", metavar="H", type=side, help="a multiple of 16, together with --width")
     add("--width", metavar="W", type=side, help="a multiple of 16, together with --height")
-    add("--seed", metavar="S", type=number(int, 0, 2**62), default=0, help="of the noise (default: 0)")
-    add("--num", metavar="K", type=number(int, 1, 10000), default=1, help="make K: seeds S, S + 1, ...")
+    add("--seed", metavar="S", type=bounded(int, 0, 2**62), default=0, help="of the noise (default: 0)")
+    add("--num", metavar="K", type=bounded(int, 1, 10000), default=1, help="make K: seeds S, S + 1, ...")
 
     add = parser.add_argument_group("sampling (the config has defaults for images and videos)").add_argument
-    add("--steps", metavar="N", type=number(int, 1, 1000), help="of the sampler")
+    add("--steps", metavar="N", type=bounded(int, 1, 1000), help="of the sampler")
     add("--cfg-text", metavar="X", type=scale, help="how much the prompt counts")
     add("--cfg-image", metavar="X", type=scale, help="how much the images count: 1 to 3; 1 is fastest")
-    add("--shift", metavar="X", type=number(float, 0.01, 1000), help="above 1: more steps at high noise")
+    add("--shift", metavar="X", type=bounded(float, 0.01, 1000), help="above 1: more steps at high noise")
     add("--negative-prompt", metavar="TEXT", help="what the guidance leads away from")
 
     add = parser.add_argument_group("the model").add_argument
@@ -168,14 +144,14 @@ def check_arguments(args, config):
             args.notices.append(f"--{name} {value} is rounded down to {value - surplus}")
     if args.frames and args.frames > config.sampling.max_frames:
         raise InputError(f"--frames {args.frames}: the config allows {config.sampling.max_frames}")
-    heads, processes = config.mmdit.num_attention_heads, under_torchrun("WORLD_SIZE")
-    if heads % processes:
-        raise InputError(f"{processes} processes cannot share {heads} attention heads evenly")
-    if args.benchmark is not None and processes > 1:
+    heads = config.mmdit.num_attention_heads
+    if heads % train.world():
+        raise InputError(f"{train.world()} processes cannot share {heads} attention heads evenly")
+    if args.benchmark is not None and train.world() > 1:
         raise InputError("--benchmark runs in one process")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda":
-        args.device = f"cuda:{under_torchrun('LOCAL_RANK')}"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -190,7 +166,7 @@ def check_arguments(args, config):
 def choose_weights(args):
     """What --weights and --config mean -> (weights, Config, tokenizer), without reading a tensor."""
     config = Config.from_file(args.config) if args.config else None
-    weights = args.weights or str(HERE / "assets" / "tiny.safetensors")
+    weights = args.weights or str(TINY)
     if weights == "random":
         return weights, config or Config.from_file(HERE / "tiny_config.json"), vino.byte_tokenizer()
     if weights.endswith(".safetensors"):
@@ -330,7 +306,7 @@ def prepare(job, config):
 def check_memory(size, job, mmdit):
     """Refuse a result that cannot fit. A lower bound: the widest point of a single-stream block (its input as
     it is and modulated, attention, and the feed-forward's activation with its input), and the pixels."""
-    tokens = ((size[0] - 1) // 4 + 1) * size[1] * size[2] // 256 // under_torchrun("WORLD_SIZE")
+    tokens = ((size[0] - 1) // 4 + 1) * size[1] * size[2] // 256 // train.world()
     need = tokens * mmdit.width * (3 + 2 * mmdit.mlp_ratio) * job.dtype.itemsize + 12 * math.prod(size)
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if job.device.startswith("cuda"):
@@ -358,7 +334,7 @@ def check_writable(path, overwrite):
     """What cannot be written fails here, before the work."""
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; --overwrite replaces it")
-    partial = Path(f"{path}.{under_torchrun('RANK')}.partial")
+    partial = Path(f"{path}.{rank()}.partial")
     partial.touch()
     partial.unlink()
 
@@ -399,7 +375,7 @@ def run(job, config, tokenizer, load):
     told = "{} frame(s) of {} x {}".format(*size)
     names = ("steps", "shift", "cfg_text", "cfg_image", "negative_prompt", "base")
     settings = {name: getattr(job, name) for name in names} | {"size": size}
-    settings["progress"] = under_torchrun("RANK") == 0
+    settings["progress"] = rank() == 0
     settings["group"] = dist.group.WORLD if dist.is_initialized() else None
     for seed, path in job.outputs.items():
         say(f"{TASKS[job.task]}: {told}, seed {seed}")
@@ -475,8 +451,7 @@ def explain(text, references, size, tokenizer, config):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Benchmarks: small counterparts of the paper's, in train.py's toy world, scored by pixels (tables 2 to 9).
-# train.py imports this file, so it is imported where it is used.
+# Benchmarks: small counterparts of the paper's, in train.py's toy world, scored by pixels (tables 2 to 9)
 # ----------------------------------------------------------------------------------------------------------
 
 # layouts: (task of train.TASKS, number of images); how: a key of `ways`, see `measure`
@@ -982,7 +957,7 @@ def main(argv=None):
     try:
         weights, config, tokenizer = choose_weights(args)
         check_arguments(args, config)
-        if under_torchrun("WORLD_SIZE") > 1:
+        if train.world() > 1:
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         profile = Profile(args.device, args.dtype) if args.profile else None
         args.phase = profile.phase if profile else lambda name: nullcontext()

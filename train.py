@@ -129,9 +129,10 @@ def make_stage(number, config, arguments):
         raise InputError("field 'mixture' should be shares, none below 0 and not all of them 0")
     if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
         raise InputError("field 'betas' should be two numbers from 0 to below 1")
-    for name in ("lr", "weight_decay", "clip", "ema", "shift", "short", "drop", "warmup", "cooldown"):
-        if getattr(stage, name) < 0:
-            raise InputError(f"field '{name}' should not be below 0")
+    for f in fields(Stage):
+        least = int(f.name in ("steps", "area", "batch", "latent_frames"))
+        if f.type in (int, float) and not getattr(stage, f.name) >= least:  # nan is not
+            raise InputError(f"field '{f.name}' should be at least {least}")
     return stage
 
 
@@ -846,11 +847,11 @@ def keep_attention():
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return int(os.environ.get("RANK", 0))  # torchrun sets it
 
 
 def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def to_masters(module):
@@ -1055,9 +1056,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
-def say(text):
+def say(*lines, file=None):
+    """Print to stderr, or to `file`, above a progress bar: only the first process."""
     if rank() == 0:
-        tqdm.write(text, file=sys.stderr)
+        with tqdm.external_write_mode():
+            print(*lines, sep="\n", file=file or sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1376,11 +1379,17 @@ def quieten(vino):
                 parameter.zero_()
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+def bounded(kind, least, most):
+    """An argument's type: an int or a float from `least` to `most`."""
+
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} ({least} to {most})"  # argparse reports "invalid {__name__} value"
+    return parse
 
 
 def parse_arguments(arguments):
@@ -1398,20 +1407,21 @@ def parse_arguments(arguments):
     shards = "under torchrun: copies of everything; gradients and AdamW sharded (the paper's); weights too"
     add("--shard", choices=["ddp", "zero2", "fsdp"], default="ddp", help=shards)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; by default bfloat16 on a GPU")
+    positive = bounded(int, 1, 10**9)
     add("--accumulate", type=positive, default=1, help="batches of a process in a step")
     add("--ema-on-host", **flag, help="keep the averaged weights in the host's memory")
     add("--compile", **flag, help="torch.compile the MMDiT's blocks")
-    add("--workers", type=int, default=int(torch.cuda.is_available()), help="loader processes of each task")
+    workers = int(torch.cuda.is_available())
+    add("--workers", type=bounded(int, 0, 1000), default=workers, help="loader processes of each task")
     add("--save-every", type=positive, default=500, help="steps between checkpoints")
     add("--keep", type=positive, default=3, help="checkpoints to keep")
     add("--validate-every", type=positive, default=500, help="steps between validations, with their pictures")
     add("--no-queries", **flag, help="ablation: no learnable tokens (figure 8)")
     add("--no-boundary-tokens", **flag, help="ablation: no tokens between latents (figure 11)")
     table = parser.add_argument_group("table 1", "changes to the stage's column")
-    types = {int: positive, float: float}
     for f in fields(Stage):
-        if f.type in types:
-            table.add_argument("--" + f.name.replace("_", "-"), type=types[f.type])
+        if f.type in (int, float):
+            table.add_argument("--" + f.name.replace("_", "-"), type=f.type)
     table.add_argument("--betas", type=float, nargs=2)
     table.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
     return parser.parse_args(arguments)
