@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import sys
 import time
@@ -202,11 +201,8 @@ def single_job(args):
 
 def read_tasks(args):
     """The jobs of --tasks. An InputError names the line or the item that is wrong."""
-    path, jobs = vino.existing(args.tasks), []
-    try:
-        items = json.loads(path.read_bytes())
-    except ValueError as error:  # which tells the line
-        raise InputError(f"{path} is not JSON: {error}") from error
+    path, jobs = Path(args.tasks), []
+    items = vino.read_json(path)  # its error tells the line
     if not isinstance(items, list) or not items:
         raise InputError(f"{path}: should be a list of items")
     for position, item in enumerate(items, 1):
@@ -843,8 +839,8 @@ class Profile:
     Memory is what torch had allocated on the GPU at most, without one what the process had used so far."""
 
     def __init__(self, device, dtype):
-        self.device, self.dtype, self.cuda = device, dtype, device.startswith("cuda")
-        self.phases = defaultdict(list)  # name -> (seconds, peak bytes, operations) of each call
+        self.device, self.dtype, self.cuda = torch.device(device), dtype, device.startswith("cuda")
+        self.phases = defaultdict(list)  # name -> (seconds, MiB at the peak, operations) of each call
         self.begin, self.time, self.forwards = time.perf_counter(), None, 0
 
     def clock(self):
@@ -859,10 +855,7 @@ class Profile:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         yield
-        seconds, peak = self.clock() - begin, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if self.cuda:
-            peak = torch.cuda.max_memory_allocated(self.device)
-        self.phases[name].append((seconds, peak, operations))
+        self.phases[name].append((self.clock() - begin, train.peak_memory(self.device), operations))
 
     def watch(self, model):
         """Make phases of what the model does from now on."""
@@ -905,7 +898,7 @@ class Profile:
             seconds, peaks, operations = zip(*calls)
             spent, work = sum(seconds), sum(operations)
             rate = (f"{work / spent / 1e12:.3g}", f"{work / spent / best:.0%}") if work else ("", "")
-            numbers = f"{spent:.2f}", f"{spent / len(calls):.3f}", f"{max(peaks) / 2**30:.1f}"
+            numbers = f"{spent:.2f}", f"{spent / len(calls):.3f}", f"{max(peaks) / 1024:.1f}"
             lines.append(row(name, len(calls), *numbers, *rate))
             left -= spent
         lines.append(row("rest", "", f"{left:.2f}", "", "", "", ""))
