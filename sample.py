@@ -49,6 +49,7 @@ ITEM = {  # the fields of an item of a task file, with the values of those that 
     "index": "", "task": "", "caption": "", "ref_image_paths": [], "ref_video_path": "",
     "ref_image_have_base": False,
 }  # fmt: skip
+SETTINGS = ("steps", "shift", "cfg_text", "cfg_image", "negative_prompt")  # as Vino.generate calls them
 USAGE = """sample.py --prompt TEXT [--image FILE ...] [--video FILE] [--out PATH] [options]
        sample.py --tasks FILE.json --out DIR [options]
        sample.py --benchmark [SUITE ...] [--out DIR] [options]"""
@@ -128,10 +129,10 @@ def check_arguments(args, config):
     """Round sizes down to legal ones and settle device and dtype, in place. Raises InputError."""
     if [args.prompt, args.tasks, args.benchmark].count(None) != 2:
         raise InputError("give either --prompt TEXT or --tasks FILE or --benchmark; --help tells more")
-    if args.tasks and (args.image or args.video or args.base or args.explain or args.num > 1 or not args.out):
+    single = bool(args.image or args.video or args.base or args.explain or args.num > 1)
+    if args.tasks is not None and (single or not args.out):
         raise InputError("--tasks needs --out DIR and excludes --image, --video, --base, --num and --explain")
-    shape = (args.image, args.video, args.base, args.explain, args.num > 1)
-    if args.benchmark is not None and any((*shape, args.frames, args.height, args.width)):
+    if args.benchmark is not None and (single or args.frames or args.height or args.width):
         raise InputError("--benchmark has its own references, and one size: leave out options for these")
     if (args.height is None) != (args.width is None):
         raise InputError("--height and --width go together")
@@ -224,7 +225,7 @@ def read_item(item, folder, args):
     for name, default in ITEM.items():
         if type(item[name]) is not type(default):
             raise InputError(f"'{name}' is {json.dumps(item[name])}, should be a {type(default).__name__}")
-    if item["index"] != Path(item["index"]).name:
+    if not item["index"] or item["index"] != Path(item["index"]).name:
         raise InputError(f"'index' should be a file's name, and is '{item['index']}'")
     paths = [*item["ref_image_paths"], item["ref_video_path"]]
     if not all(isinstance(path, str) for path in paths):
@@ -369,8 +370,7 @@ def run(job, config, tokenizer, load):
         sequence = explain(job.prompt, [*images, video] if video else images, size, tokenizer, config)
         return say(sequence, file=sys.stdout)
     told = "{} frame(s) of {} x {}".format(*size)
-    names = ("steps", "shift", "cfg_text", "cfg_image", "negative_prompt", "base")
-    settings = {name: getattr(job, name) for name in names} | {"size": size}
+    settings = {name: getattr(job, name) for name in SETTINGS} | {"size": size, "base": job.base}
     settings["progress"] = rank() == 0
     settings["group"] = dist.group.WORLD if dist.is_initialized() else None
     for seed, path in job.outputs.items():
@@ -743,8 +743,9 @@ def measure(suites, samples, world, device, ways):
 
     Returns: {suite: {(row, column): values}}, and rows for train.contact_sheet."""
     results, sheet = {suite: defaultdict(list) for suite in suites}, []
-    bar = tqdm(total=samples * sum(len(SUITES[suite]) for suite in suites), unit="sample")
-    for suite, part in [(suite, part) for suite in suites for part in SUITES[suite]]:
+    parts = [(suite, part) for suite in results for part in SUITES[suite]]  # a suite given twice runs once
+    bar = tqdm(total=samples * len(parts), unit="sample")
+    for suite, part in parts:
         bar.set_description(f"{suite}, {part.row}")
         for drawn, batch in draw_batches(part, samples, world, device):
             outputs = ways[part.how](batch)
@@ -804,8 +805,7 @@ def benchmark(args, config, load):
     for name in ("benchmark.md", "benchmark.png"):
         check_writable(folder / name, args.overwrite)
     world = train.ToyWorld(train.make_stage("3", config, {}), config, args.seed)
-    names = ("steps", "shift", "cfg_text", "cfg_image", "negative_prompt")
-    settings, model = {name: getattr(args, name) for name in names}, load()
+    settings, model = {name: getattr(args, name) for name in SETTINGS}, load()
     announce(args)
 
     def generate(batch):
@@ -820,8 +820,8 @@ def benchmark(args, config, load):
     def autoencode(batch):
         return model.vae.decode(model.vae.encode(batch.target)).float().cpu()
 
-    suites, ways = args.benchmark or [*SUITES], {f.__name__: f for f in (generate, answer, autoencode)}
-    results, sheet = measure(suites, args.samples, world, args.device, ways)
+    ways = {"generate": generate, "answer": answer, "autoencode": autoencode}
+    results, sheet = measure(args.benchmark or SUITES, args.samples, world, args.device, ways)
     text = f"`{args.command}`\n{table(results)}\nIn brackets and behind ±: 95% intervals.\n"
     (folder / "benchmark.md").write_text(text)
     room = [Image.new("RGB", (500, 1), "lightsteelblue")]  # for the labels
@@ -955,10 +955,11 @@ def main(argv=None):
         profile = Profile(args.device, args.dtype) if args.profile else None
         args.phase = profile.phase if profile else lambda name: nullcontext()
         load = functools.cache(lambda: load_model(weights, config, args, profile))
-        jobs = [single_job(args)] if args.prompt is not None else read_tasks(args) if args.tasks else []
+        jobs, failed = [], False
+        if args.benchmark is None:
+            jobs = [single_job(args)] if args.tasks is None else read_tasks(args)
         if args.compile is None:
             args.compile = args.device.startswith("cuda") and pays_to_compile(jobs, config)
-        failed = False
         if args.benchmark is not None:
             benchmark(args, config, load)
         elif args.tasks is None:

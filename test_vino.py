@@ -977,6 +977,7 @@ def test_pictures_and_clips_are_read_upright_and_over_white(media):
 
 BAD = {
     "": "give either --prompt",
+    "--tasks ''": "--tasks needs --out",
     "--prompt ''": "prompt is empty",
     "--prompt x --height 0 --width 64": "invalid int (16 to 1000000) value: '0'",
     "--prompt x --height -16 --width 64": "value: '-16'",
@@ -1040,6 +1041,7 @@ BAD_TASKS = {
     ITEM % '"task": "t2i"': "does not go with these references",
     ITEM % '"caption": 3': "'caption' is 3, should be a str",
     ITEM % '"index": "../a"': "a file's name",
+    '[{"task": "t2i", "caption": "x"}]': "'index' should be a file's name, and is ''",
     ITEM % '"ref_image_paths": "b.png"': "'ref_image_paths' is \"b.png\", should be a list",
     ITEM % '"ref_image_paths": [5]': "'ref_image_paths' should be a list of strings",
 }
@@ -1185,7 +1187,7 @@ def test_the_benchmarks_reject_each_thing_that_is_not_as_told(world):
 def test_perfect_outputs_are_all_right_in_every_benchmark(world):
     ideal = {"answer": lambda batch: batch.answers}
     ideal |= dict.fromkeys(["generate", "autoencode"], lambda batch: batch.target)
-    results, _ = command_line.measure([*command_line.SUITES], 4, world, "cpu", ideal)
+    results, _ = command_line.measure(command_line.SUITES, 4, world, "cpu", ideal)
     assert [len(values) for values in results.values()] == [18, 6, 13, 12, 18, 6, 2]
     for (row, column), values in itertools.chain(*[suite.items() for suite in results.values()]):
         best = {"identities swapped": False, "gray levels": 0}
@@ -1227,8 +1229,8 @@ def test_a_benchmark_writes_its_table_with_intervals_and_its_picture(media, caps
     told, generate = [], Vino.generate
     monkeypatch.setattr(vino.MultiModalEncoder, "rewrite", lambda self, prompts: ["long"] * len(prompts))
     monkeypatch.setattr(Vino, "generate", lambda *a, **b: told.extend(a[1]) or generate(*a, **b))
-    edits = ["--benchmark", "vbench", "gedit", "--samples", "1", "--steps", "1", "--rewrite", "--overwrite"]
-    assert sample_py(*edits) == 0 and told[0] == "long" and "long" not in told[1:]
+    edits = "--benchmark vbench gedit vbench --samples 1 --steps 1 --rewrite --overwrite"  # a suite twice
+    assert sample_py(*edits.split()) == 0 and told[0] == "long" and "long" not in told[1:]
     assert command_line.interval([True] * 9 + [False]) == "90.0% (59.6% to 98.2%)"  # Wilson's, by hand
 
 
