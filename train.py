@@ -9,9 +9,8 @@
     4. Manifests          samples from files, in buckets of one layout (3.1)
     5. The loss           (appendix B)  one module, from a batch to its losses
     6. Memory, many GPUs  (3.1)  gradient checkpointing, DDP, ZeRO-2, FSDP
-    7. Checkpoints        all that a run needs to go on exactly where it was
-    8. Watching           metrics, validation, pictures
-    9. The loop, and the command line
+    7. Watching           metrics, validation, pictures
+    8. The loop, its checkpoints (all that a run needs to go on exactly where it was), and the command line
 
 No random generator lives on from step to step: each choice is drawn from a generator of its own, seeded with
 what it is for (the run's seed, the step, the sample's number). So a run that is resumed, or spread over
@@ -902,41 +901,7 @@ def sums(*values):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 7. Checkpoints
-# ----------------------------------------------------------------------------------------------------------
-
-
-def write_checkpoint(folder, step, tensors, state, keep):
-    """Write `folder/step_N`, which gets its name when it is complete, and remove all but the newest `keep`.
-
-    Args: tensors: nested dictionaries of this process's (shards of) tensors. state: for state.json."""
-    final = folder / f"step_{step:08d}"
-    partial = final.with_suffix(".partial")
-    if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    sums(0)  # all processes wait here for the first
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-        dcp.save(tensors, checkpoint_id=partial, no_dist=not dist.is_initialized())
-    except (OSError, RuntimeError, CheckpointException) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        free, reason = shutil.disk_usage(folder.parent).free >> 20, one_line(error)[-200:]
-        raise InputError(f"cannot write {final} ({free} MiB free): {reason}; older ones stay") from error
-    if rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in complete_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-
-
-def complete_checkpoints(folder):
-    """Oldest first. A save that was cut short has another name."""
-    return sorted(folder.glob("step_????????"))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 8. Watching
+# 7. Watching
 # ----------------------------------------------------------------------------------------------------------
 
 VALIDATION = 4  # fixed samples of each task, with fixed noise
@@ -1064,7 +1029,7 @@ def say(*lines, file=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 9. The loop, and the command line
+# 8. The loop, its checkpoints, and the command line
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1191,12 +1156,9 @@ class Trainer:
         return stage.lr * min(1, self.step / max(1, stage.warmup), left / max(1, stage.cooldown))
 
     def draw_task(self):
-        """The step's task: drawn by the first process, for all, so that they do equal work (appendix B)."""
+        """The step's task: all processes draw the same one, so that they do equal work (appendix B)."""
         shares = [self.stage.mixture[task] for task in self.tasks]
-        choice = torch.tensor(chance(self.args.seed, self.step, "task").choices(range(len(shares)), shares))
-        if dist.is_initialized():
-            dist.broadcast(choice, 0)
-        return self.tasks[choice.item()]
+        return chance(self.args.seed, self.step, "task").choices(self.tasks, shares)[0]
 
     def next_batch(self, task, micro):
         """This process's next Batch of a task, with its conditions dropped."""
@@ -1256,9 +1218,28 @@ class Trainer:
         return own | {name: config[name] for name in parts}
 
     def save(self):
-        state = {"step": self.step, "drawn": self.drawn, "failed": self.failed, "broken": self.broken}
-        state |= {"weights": self.weights, "identity": self.identity(), "stage": asdict(self.stage)}
-        write_checkpoint(self.out / "checkpoints", self.step, self.tensors(), state, self.args.keep)
+        """Write a checkpoint, which gets its name when it is complete, and remove all but the newest."""
+        folder, state = self.out / "checkpoints", {"step": self.step, "drawn": self.drawn}
+        state |= {"failed": self.failed, "broken": self.broken, "weights": self.weights}
+        state |= {"identity": self.identity(), "stage": asdict(self.stage)}
+        final = folder / f"step_{self.step:08d}"
+        partial = final.with_suffix(".partial")
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        sums(0)  # all processes wait here for the first
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            dcp.save(self.tensors(), checkpoint_id=partial, no_dist=not dist.is_initialized())
+        except (OSError, RuntimeError, CheckpointException) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            free, reason = shutil.disk_usage(self.out).free >> 20, one_line(error)[-200:]
+            raise InputError(f"cannot write {final} ({free} MiB free): {reason}; older ones stay") from error
+        if rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in complete_checkpoints(folder)[: -self.args.keep]:
+                shutil.rmtree(old)
 
     def restore(self, path, saved):
         """Continue from a checkpoint, written by any number of processes."""
@@ -1333,6 +1314,11 @@ class Trainer:
         """Finish the step, save and stop. A second signal does what it always does."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
+
+
+def complete_checkpoints(folder):
+    """Oldest first. A save that was cut short has another name."""
+    return sorted(folder.glob("step_????????"))
 
 
 def start_device(dtype):
