@@ -234,7 +234,8 @@ class Source(Dataset):
     """What the toy world and a manifest share. `draw` makes a sample, `collate` makes a Batch of several."""
 
     def __init__(self, stage, config, seed):
-        self.stage, self.config, self.seed, self.tasks = stage, config, seed, list(stage.mixture)
+        self.stage, self.config, self.seed = stage, config, seed
+        self.tasks = [task for task, share in stage.mixture.items() if share]
 
     def __getitem__(self, key):  # task, number of the first sample of the step, number of this sample
         return self.draw(*key)
@@ -570,7 +571,7 @@ class Manifest(Source):
         self.path, self.held, self.buckets = Path(path), {}, {}
         entries = read_manifest(self.path, config.sampling.max_images)
         self.count = len(entries)
-        for task in stage.mixture:
+        for task in self.tasks:
             own = [entry for entry in entries if entry.task == task]
             held = min(VALIDATION, math.ceil(len(own) / 100), len(own) - 1)
             if own:
@@ -930,11 +931,12 @@ def contact_sheet(rows):
     return sheet
 
 
-def chart(curves, title, width=900, height=400):
-    """A picture of curves {label: (steps, values)}: running means over a fiftieth of each, on a log scale."""
+def chart(runs, name, title, width=900, height=400):
+    """A picture of a number in the metrics of runs {label: records}: running means over a fiftieth of each, on
+    a log scale."""
     picture = Image.new("RGB", (width, height), "white")
-    draw, last = ImageDraw.Draw(picture), max(steps[-1] for steps, _ in curves.values())
-    logs = {label: np.log10(np.maximum(values, 1e-6)) for label, (_, values) in curves.items()}
+    draw, last = ImageDraw.Draw(picture), max(records[-1]["step"] for records in runs.values())
+    logs = {label: np.log10([max(record[name], 1e-6) for record in runs[label]]) for label in runs}
     low, high = min(map(np.min, logs.values())) - 0.02, max(map(np.max, logs.values())) + 0.02
 
     def points(steps, values):
@@ -945,37 +947,25 @@ def chart(curves, title, width=900, height=400):
         draw.line([left, right], fill="lightgray")
         draw.text((5, left[1] - 6), f"{10**tick:.3g}", fill="black")
     draw.text((60, height - 18), f"{title}, step 1 to {last}", fill="black")
-    for number, (label, (steps, _)) in enumerate(curves.items()):
-        window, color = math.ceil(len(steps) / 50), f"hsl({number * 360 // len(curves)}, 80%, 40%)"
+    for number, (label, records) in enumerate(runs.items()):
+        window, color = math.ceil(len(records) / 50), f"hsl({number * 360 // len(runs)}, 80%, 40%)"
         means = np.convolve(logs[label], np.ones(window) / window, "valid")
-        draw.line(points(np.array(steps[window - 1 :]), means), fill=color, width=2)
+        steps = np.array([record["step"] for record in records[window - 1 :]])
+        draw.line(points(steps, means), fill=color, width=2)
         draw.text((width - 110, 12 + 14 * number), label, fill=color)
     return picture
 
 
-def loss_curves(records):
-    """A picture of each task's training loss."""
-    tasks = sorted({record["task"] for record in records})
-    own = {task: [r for r in records if r["task"] == task] for task in tasks}
-    return chart({t: ([r["step"] for r in rs], [r["loss"] for r in rs]) for t, rs in own.items()}, "loss")
-
-
-def compare(runs, path):
+def compare(folders, path):
     """Loss and gradient norm of runs {label: folder} as a picture at `path` (figure 8), and as a table of the
     last half of their steps: means for each task, and the variance of the gradient's norm."""
-    records, pictures = {}, []
-    for label, folder in runs.items():
-        records[label] = [r for r in read_metrics(Path(folder) / "metrics.jsonl") if r.get("loss")]
-    for name, title in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
-        curves = {label: ([r["step"] for r in rs], [r[name] for r in rs]) for label, rs in records.items()}
-        pictures.append(chart(curves, title))
-    sheet = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)))
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (0, number * picture.height))
-    sheet.save(path)
+    runs = {label: read_losses(Path(folder)) for label, folder in folders.items()}
+    titles = {"loss": "loss", "grad_norm": "norm of the gradient"}
+    pictures = [chart(runs, name, title) for name, title in titles.items()]
+    Image.fromarray(np.vstack(pictures)).save(path)
     lines = ["| run | task | loss | gradient norm | its variance |", "|---|---|---|---|---|"]
-    for label, own in records.items():
-        late = own[len(own) // 2 :]
+    for label, records in runs.items():
+        late = records[len(records) // 2 :]
         for task in [*sorted({r["task"] for r in late}), "all"]:
             losses, norms = zip(*[(r["loss"], r["grad_norm"]) for r in late if task in (r["task"], "all")])
             told = f"{np.mean(losses):.4f} | {np.mean(norms):.3f} | {np.var(norms):.4f}"
@@ -1008,10 +998,16 @@ def gallery(columns, path, tasks=(), device="cpu"):
     contact_sheet(rows).save(path)
 
 
-def read_metrics(path):
+def read_metrics(folder):
     """A run's records; a last line that was cut short does not count."""
+    path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_losses(folder):
+    """Those of its training steps, but for the skipped ones."""
+    return [record for record in read_metrics(folder) if record.get("loss") is not None]
 
 
 def peak_memory(device):
@@ -1052,7 +1048,7 @@ class Trainer:
         self.stage = make_stage(args.stage, self.vino.config, vars(args))
         given = self.stage, self.vino.config, f"{args.seed} {args.stage}"
         self.source = Manifest(args.data, *given) if args.data else ToyWorld(*given)
-        self.tasks = [task for task in self.source.tasks if self.stage.mixture[task] > 0]
+        self.tasks = self.source.tasks
         if not self.tasks:
             names = ", ".join(self.stage.mixture)
             raise InputError(f"{args.data} has no sample of stage {args.stage}'s tasks ({names})")
@@ -1098,7 +1094,7 @@ class Trainer:
             signal.signal(number, self.on_signal)
         if rank() == 0:  # drop what came after the checkpoint
             self.out.mkdir(parents=True, exist_ok=True)
-            records = [r for r in read_metrics(self.out / "metrics.jsonl") if r["step"] <= self.step]
+            records = [r for r in read_metrics(self.out) if r["step"] <= self.step]
             (self.out / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
         with tqdm(total=self.stage.steps, initial=self.step, unit="step", disable=rank() > 0) as bar:
             while self.step < self.stage.steps:
@@ -1295,9 +1291,11 @@ class Trainer:
             except (OSError, SafetensorError) as error:
                 advice = "the last checkpoint has it all: make room, then --resume"
                 raise InputError(f"cannot write {path} ({error}); {advice}") from error
-            records = [r for r in read_metrics(self.out / "metrics.jsonl") if r.get("loss")]
-            if records:
-                loss_curves(records).save(self.out / "loss.png")
+            tasks = defaultdict(list)
+            for record in read_losses(self.out):
+                tasks[record["task"]].append(record)
+            if tasks:
+                chart(dict(sorted(tasks.items())), "loss", "loss").save(self.out / "loss.png")
         say(f"wrote {path}: python sample.py --weights {path}")
 
     @torch.no_grad()
@@ -1426,6 +1424,7 @@ def parts(args):
 
 
 def main(arguments=None):
+    """Run the command line `arguments` -> exit status."""
     args = parse_arguments(arguments)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
     try:
@@ -1437,17 +1436,14 @@ def main(arguments=None):
                 trainer.streams.clear()  # end the loaders' processes first: they hold NCCL's connections open
             if status:
                 break
-    except InputError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a full disk, at any file but a checkpoint's
-        print(f"train.py: {error}; older checkpoints stay: continue with --resume", file=sys.stderr)
+    except (InputError, OSError) as error:  # OSError: a full disk, at any file but a checkpoint's
+        advice = "" if isinstance(error, InputError) else "; older checkpoints stay: continue with --resume"
+        print(f"train.py: {error}{advice}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if status:
-        sys.exit(status)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
