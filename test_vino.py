@@ -1118,7 +1118,7 @@ def scene_of(*objects, ground="gray"):
 
 @pytest.fixture
 def world(tiny):
-    return train.ToyWorld(train.make_stage("3", tiny.config, {}), tiny.config, 0)
+    return toy(tiny.config)
 
 
 def blurred(pixels):
@@ -1255,6 +1255,7 @@ def one_thread_and_old_handlers():
     threads = torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
+    train.VALIDATION = train.PICTURE_STEPS = 1  # pictures take long
     yield
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
@@ -1279,7 +1280,6 @@ def flags(config, out, *more, stage="3"):
 
 
 def start(config, out, *more, stage="3"):
-    train.VALIDATION = train.PICTURE_STEPS = 1  # pictures take long
     out.mkdir(exist_ok=True)
     return Trainer(parse_arguments(flags(config, out, *more, stage=stage)))
 
@@ -1343,11 +1343,7 @@ def test_a_step_changes_what_table_1_trains_and_nothing_else(stage, config, tmp_
         assert torch.equal(tensor, after[name]) == frozen, name
 
 
-def test_stage_0_makes_a_model_with_latents_of_unit_spread_and_throws_its_text_encoder_away(
-    config, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(train, "VALIDATION", 1)
-    monkeypatch.setattr(train, "PICTURE_STEPS", 1)
+def test_stage_0_makes_latents_of_unit_spread_and_throws_its_text_encoder_away(config, tmp_path):
     out = tmp_path / "stage0"
     train.main(["--stage=0", f"--config={config}", f"--out={out}", "--steps=2"])
     paths = [tmp_path / f"stage0-{part}" / "final.safetensors" for part in ("vae", "vlm", "mmdit")]
@@ -1355,13 +1351,11 @@ def test_stage_0_makes_a_model_with_latents_of_unit_spread_and_throws_its_text_e
     assert not any("native" in name for name in last.saved_tensors())
     assert all(torch.equal(a, b) for a, b in zip(first.vae.parameters(), last.vae.parameters()))
     trainer = start(config, tmp_path / "stage1", "--weights", str(paths[2]), stage="1")
-    batches = [world_batch(trainer, task) for task in ("t2i", "t2v")]
-    latents = [trainer.vino.vae.encode(batch.target).flatten() for batch in batches]
+    latents, world = [], toy(trainer.vino.config)
+    for task in ("t2i", "t2v"):
+        batch = world.collate(task, [world.draw(task, 0, index) for index in range(32)], "cpu")
+        latents.append(trainer.vino.vae.encode(batch.target).flatten())
     assert 0.8 < torch.cat(latents).std() < 1.25
-
-
-def world_batch(trainer, task):
-    return trainer.source.collate(task, [trainer.source.draw(task, 0, index) for index in range(32)], "cpu")
 
 
 def test_the_answers_loss_is_next_token_cross_entropy_whatever_the_padding(config, tmp_path):
@@ -1420,7 +1414,7 @@ def test_each_modality_is_dropped_one_time_in_ten_and_on_its_own():
     for step in range(4000):
         references = [train.Reference(None, None, None, is_video=video) for video in (False, False, True)]
         batch = train.Batch("tiv2v", ["long"], ["short"], references, None, keys=[(0, step, 0)])
-        kept = train.drop_conditions(batch, 0, step, 0.5, 0.1)
+        kept = train.drop_conditions(batch, 0, step, STAGES["2"])
         images = sum(not r.is_video for r in kept.references)
         assert images in (0, 2)  # all of them or none
         seen.update({kept.prompts[0]: 1, "no images": images == 0, "no video": len(kept.references) == images,
@@ -1440,8 +1434,9 @@ def test_times_are_uniform_then_shifted():
 
 
 def test_a_local_batch_of_one_always_fits():
+    source = train.Source(STAGES["3"], Config(), 0)
     for images, video in itertools.product(range(9), (False, True)):
-        frames = train.frames_that_fit(85, 30, images, video)
+        frames = source.frames_that_fit(images, video)
         assert frames % 4 == 1 and frames <= 85
         assert ((frames - 1) // 4 + 1) * (1 + video) + images <= 30
 
@@ -1615,7 +1610,7 @@ def test_a_run_on_files_is_resumed_exactly_and_its_batches_hold_one_bucket(confi
 
 
 def test_frames_have_the_stages_area_at_their_own_aspect_ratio(config, tmp_path):
-    stage, rng = train.deepcopy(STAGES["2"]), random.Random(0)
+    stage, rng = STAGES["2"], random.Random(0)
     for framed in [True, False] * 12:
         height, width = rng.randint(200, 900), rng.randint(200, 900)
         h, w = train.fit(np.zeros((1, height, width, 3), dtype=np.uint8), stage.area, framed).shape[2:]

@@ -31,7 +31,6 @@ import time
 import warnings
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import chain, combinations, count, islice, product
@@ -115,8 +114,7 @@ MODULES = {  # how the names of their parameters begin
 
 def make_stage(number, config, arguments):
     """Table 1's column, changed by the config's "training" section, then by the command line's arguments."""
-    stage = deepcopy(STAGES[number])
-    stage.mixture = dict(MIXTURES[number])
+    stage = replace(STAGES[number], mixture=MIXTURES[number])
     check_known("config field", [f"training.{n}" for n in config.training], [f"training.{n}" for n in STAGES])
     override(stage, config.training.get(number, {}), f"training.{number}.")
     given = {f.name: arguments.get(f.name) for f in fields(Stage)}
@@ -207,26 +205,18 @@ def chance(*key):
     return random.Random(" ".join(map(str, key)))
 
 
-def frames_that_fit(frames, latent_frames, images, video):
-    """Frames of a target, at most `frames`, that leave room for its references: "we dynamically adjust the
-    number of video frames" (3.1). All together fill `latent_frames`, a video as many as the target."""
-    most = (latent_frames - images) // (2 if video else 1)
-    return max(5, min(frames, 4 * (most - 1) + 1))
-
-
-def drop_conditions(batch, seed, step, short, drop):
-    """Choose long or short prompts, and drop conditions for classifier-free guidance (appendix B).
-
-    Text is decided for each sample; images and video for the whole step, in all processes alike, so that they
-    have equally much to do. short: the share of short prompts. drop: the probability to drop each."""
+def drop_conditions(batch, seed, step, stage):
+    """Choose long or short prompts, and drop conditions for classifier-free guidance (appendix B). Text is
+    decided for each sample; images and video for the whole step, in all processes alike, so that they have
+    equally much to do."""
     shared = chance(seed, step, "references")
-    no_images, no_video = shared.random() < drop, shared.random() < drop
+    no_images, no_video = shared.random() < stage.drop, shared.random() < stage.drop
     references = [r for r in batch.references if not (no_video if r.is_video else no_images)]
     prompts = []
     for key, long, brief in zip(batch.keys, batch.prompts, batch.short_prompts):
         own = chance(*key, "text")
-        text = brief if own.random() < short else long
-        prompts.append("" if own.random() < drop else text)
+        text = brief if own.random() < stage.short else long
+        prompts.append("" if own.random() < stage.drop else text)
     return replace(batch, prompts=prompts, references=references)
 
 
@@ -236,6 +226,12 @@ class Source(Dataset):
     def __init__(self, stage, config, seed):
         self.stage, self.config, self.seed = stage, config, seed
         self.tasks = [task for task, share in stage.mixture.items() if share]
+
+    def frames_that_fit(self, images, video):
+        """Frames of a target that leave room for its references: "we dynamically adjust the number of video
+        frames" (3.1). All together fill the stage's `latent_frames`, a video as many as the target."""
+        most = (self.stage.latent_frames - images) // (2 if video else 1)
+        return max(5, min(self.config.sampling.frames, 4 * (most - 1) + 1))
 
     def __getitem__(self, key):  # task, number of the first sample of the step, number of this sample
         return self.draw(*key)
@@ -491,7 +487,7 @@ class ToyWorld(Source):
     def collate(self, task, samples, device):
         """Samples -> Batch: draws their scenes, on the device."""
         images, video, clip = len(samples[0].images), TASKS[task].video, TASKS[task].clip
-        frames = frames_that_fit(self.config.sampling.frames, self.stage.latent_frames, images, video)
+        frames = self.frames_that_fit(images, video)
         shown = [self.render(scenes, 1, device) for scenes in zip(*[s.images for s in samples])]
         if video:
             shown.append(self.render([s.video for s in samples], frames, device))
@@ -634,8 +630,7 @@ class Manifest(Source):
         """Decode a line -> Batch of one, at the stage's area and its own aspect ratio, with 4k + 1 frames."""
         area, vision, task, folder = self.stage.area, self.config.vision, TASKS[entry.task], self.path.parent
         references = [Reference.image(read_image(folder / path), area, vision) for path in entry.images]
-        room = self.config.sampling.frames, self.stage.latent_frames
-        frames = frames_that_fit(*room, len(references), task.video)
+        frames = self.frames_that_fit(len(references), task.video)
         if task.clip:
             target = read_clip(folder / entry.target, frames)
         else:
@@ -861,11 +856,9 @@ def to_masters(module):
             parameter.data = parameter.data.float()
 
 
-def distribute(objective, blocks, how, dtype):
-    """The module to call in training.
-
-    Args: blocks of the MMDiT. how: "ddp"; "zero2", the paper's, where weights stay whole from forward to
-    backward, and gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered
+def distribute(objective, how, dtype):
+    """The module to call in training. how: "ddp"; "zero2", the paper's, where weights stay whole from forward
+    to backward, and gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered
     anew for the backward."""
     if how == "ddp" or not dist.is_initialized():
         objective.autocast = None if dtype == torch.float32 else dtype
@@ -876,7 +869,7 @@ def distribute(objective, blocks, how, dtype):
     mesh = init_device_mesh(next(objective.parameters()).device.type, (world(),))
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": how == "fsdp"}
-    for block in blocks:
+    for block in objective.vino.transformer.blocks():
         to_masters(block)  # one by one: all of them in float32 at once need not fit
         fully_shard(block, **options)
     to_masters(objective)
@@ -1063,8 +1056,7 @@ class Trainer:
     def set_up(self):
         """The module to train, its parameters by name, AdamW, and the averaged weights."""
         args, stage = self.args, self.stage
-        blocks = self.vino.transformer.blocks()
-        for block in blocks:
+        for block in self.vino.transformer.blocks():
             if stage.checkpointing:
                 block.forward = MethodType(checkpointed, block)
             if args.compile:  # once for all lengths
@@ -1074,7 +1066,7 @@ class Trainer:
         for name, p in self.named_parameters():  # table 1's last row; the ablated queries are empty
             unused = name.startswith("transformer." + MMDiT.UNUSED) or p.numel() == 0
             p.requires_grad_(name.startswith(prefixes) and not unused)
-        self.model = distribute(self.objective, blocks, args.shard, self.dtype)
+        self.model = distribute(self.objective, args.shard, self.dtype)
         self.parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         rule = {"lr": stage.lr, "betas": stage.betas, "weight_decay": stage.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), **rule)
@@ -1169,7 +1161,7 @@ class Trainer:
         batch = self.source.collate(task, samples, self.device)
         first = (micro * world() + rank()) * size
         batch.keys = [(args.seed, self.step, number) for number in range(first, first + size)]
-        return drop_conditions(batch, args.seed, self.step, self.stage.short, self.stage.drop)
+        return drop_conditions(batch, args.seed, self.step, self.stage)
 
     def clip_gradients(self):
         """Clip the gradient's norm, and return it. What a task does not use gets a gradient of zero, so that
