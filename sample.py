@@ -748,8 +748,7 @@ def measure(suites, samples, world, device, ways):
     for suite, part in parts:
         bar.set_description(f"{suite}, {part.row}")
         for drawn, batch in draw_batches(part, samples, world, device):
-            outputs = ways[part.how](batch)
-            answers = outputs if part.how == "answer" else []
+            outputs, is_text = ways[part.how](batch), part.how == "answer"
             targets, references = batch.target.cpu(), [r.pixels.cpu() for r in batch.references]
             sources = references[0 if batch.task == "motion" else -1] if references else targets
             for i, sample in enumerate(drawn):
@@ -758,10 +757,10 @@ def measure(suites, samples, world, device, ways):
                     results[suite][key] += [value] if value == value else []  # NaN: nothing to measure
                 if batch.keys[i] < world.seed + SHOWN:
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
-                    told = answers[i] if answers else sample.prompt
-                    shown = [pixels[i] for pixels in ([*references] if answers else [*references, outputs])]
+                    told = outputs[i] if is_text else sample.prompt
                     label = f"{suite} {part.row}, {'wrong' if wrong else 'right'}: {told}"
-                    sheet.append((label, [train.panels(pixels) for pixels in shown]))
+                    shown = references if is_text else [*references, outputs]
+                    sheet.append((label, [train.panels(pixels[i]) for pixels in shown]))
             bar.update(len(drawn))
     bar.close()
     return results, sheet

@@ -1098,9 +1098,7 @@ def test_memory_that_runs_out_is_one_line_and_other_errors_stay_errors(media, ca
     def generate(*_, **__):
         raise next(errors)
 
-    errors = iter(
-        [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), RuntimeError("a bug")]
-    )
+    errors = iter([torch.OutOfMemoryError("CUDA out of memory. Tried to"), RuntimeError("a bug")])
     monkeypatch.setattr(Vino, "generate", generate)
     with pytest.raises(SystemExit):
         sample_py("--prompt", "x")
