@@ -336,6 +336,17 @@ def check_writable(path, overwrite):
     partial.unlink()
 
 
+@contextmanager
+def telling_what_is_too_large(what, device):
+    """Make one line of running out of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise InputError(f"too large for the memory of {device}: {what}") from error
+
+
 def strange_words(prompt, tokenizer):
     """The words that a tiny model cannot know. Its tokenizer has one token for each word that it has seen."""
     if tokenizer.token_to_id("Ġcircle") is None or tokenizer.get_vocab_size() > 1000:
@@ -375,12 +386,8 @@ def run(job, config, tokenizer, load):
     settings["group"] = dist.group.WORLD if dist.is_initialized() else None
     for seed, path in job.outputs.items():
         say(f"{TASKS[job.task]}: {told}, seed {seed}")
-        try:
+        with telling_what_is_too_large(told, job.device):
             pixels = load().generate([job.prompt], images, video, seed=seed, **settings)
-        except RuntimeError as error:
-            if not re.search("out of memory|can't allocate memory", str(error)):
-                raise
-            raise InputError(f"too large for the memory of {job.device}: {told}") from error
         if pixels is not None:
             facts = {"command": job.command, "seed": seed, "prompt": job.prompt}
             with job.phase("write"):
@@ -927,7 +934,7 @@ def run_all(jobs, config, tokenizer, load):
 
 
 def load_model(weights, config, args, profile):
-    with args.phase("load"):
+    with args.phase("load"), telling_what_is_too_large("the weights", args.device):
         model = Vino.load(weights, config, "cpu" if args.offload else args.device, args.dtype)
         if args.offload:
             model.offload(args.device)

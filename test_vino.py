@@ -1098,13 +1098,17 @@ def test_memory_that_runs_out_is_one_line_and_other_errors_stay_errors(media, ca
     def generate(*_, **__):
         raise next(errors)
 
-    errors = iter([torch.OutOfMemoryError("CUDA out of memory. Tried to"), RuntimeError("a bug")])
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    errors = iter([full, RuntimeError("a bug"), full])
     monkeypatch.setattr(Vino, "generate", generate)
     with pytest.raises(SystemExit):
         sample_py("--prompt", "x")
     assert "\nsample.py: error: too large for the memory of cpu: 1 frame(s) of" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
         sample_py("--prompt", "x")
+    capsys.readouterr()
+    monkeypatch.setattr(Vino, "load", generate)
+    assert "too large for the memory of cpu: the weights" in refusal(capsys, "--prompt", "x", "--rewrite")
 
 
 # --- The benchmarks ---------------------------------------------------------------------------------------
