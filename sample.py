@@ -830,8 +830,7 @@ def benchmark(args, config, load):
     results, sheet = measure(args.benchmark or SUITES, args.samples, world, args.device, ways)
     text = f"`{args.command}`\n{table(results)}\nIn brackets and behind ±: 95% intervals.\n"
     (folder / "benchmark.md").write_text(text)
-    room = [Image.new("RGB", (500, 1), "lightsteelblue")]  # for the labels
-    train.contact_sheet([(label, [*shown, room]) for label, shown in sheet]).save(folder / "benchmark.png")
+    train.contact_sheet(sheet, room=500).save(folder / "benchmark.png")
     print(text)
 
 

@@ -908,10 +908,10 @@ def panels(pixels):
     return [Image.fromarray(frames[t]) for t in sorted({0, len(frames) // 2, len(frames) - 1})]
 
 
-def contact_sheet(rows):
-    """A picture of rows (label, groups of PIL images)."""
+def contact_sheet(rows, room=20):
+    """A picture of rows (label, groups of PIL images), with some room on the right for long labels."""
     tall = max(image.height for _, groups in rows for group in groups for image in group) + 18
-    wide = max(sum(image.width + 6 for group in groups for image in group) for _, groups in rows) + 20
+    wide = max(sum(image.width + 6 for group in groups for image in group) for _, groups in rows) + room
     sheet = Image.new("RGB", (wide, tall * len(rows)), "lightsteelblue")  # no background of the toy world
     for row, (label, groups) in enumerate(rows):
         ImageDraw.Draw(sheet).text((2, row * tall + 2), label[: wide // 5], fill="black")
