@@ -1253,7 +1253,7 @@ SMALL = {  # tiny_config.json, smaller
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_and_old_handlers():
+def quick_runs_and_old_handlers():
     threads = torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
