@@ -1397,7 +1397,8 @@ def test_the_command_line_wins_over_the_config_and_the_config_over_table_1(confi
     stage = train.make_stage("2", Config.from_file(config), vars(args))
     assert (stage.shift, stage.betas, stage.area, stage.weight_decay) == (2.5, [0.8, 0.9], 1024, 0.01)
     for wrong, named in [({"1": {"rate": 1}}, "training.1.rate"), ({"4": {}}, "training.4"),
-                         ({"1": {"steps": "many"}}, "training.1.steps"), ({"1": {"batch": 0}}, "'batch' should"),
+                         ({"1": {"steps": "many"}}, "training.1.steps"),
+                         ({"1": {"batch": 0}}, "'batch' should be at least 1"),
                          ({"1": {"warmup": -1}}, "'warmup' should be at least 0")]:  # fmt: skip
         with pytest.raises(InputError, match=named):
             train.make_stage("1", Config.from_dict({"training": wrong}), {})

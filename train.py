@@ -925,8 +925,7 @@ def contact_sheet(rows, room=20):
 
 
 def chart(runs, name, title, width=900, height=400):
-    """A picture of a number in the metrics of runs {label: records}: running means over a fiftieth of each, on
-    a log scale."""
+    """A picture of one number of runs {label: records}: running means over a fiftieth of each, log scale."""
     picture = Image.new("RGB", (width, height), "white")
     draw, last = ImageDraw.Draw(picture), max(records[-1]["step"] for records in runs.values())
     logs = {label: np.log10([max(record[name], 1e-6) for record in runs[label]]) for label in runs}
