@@ -827,7 +827,8 @@ def benchmark(args, config, load):
         return model.vae.decode(model.vae.encode(batch.target)).float().cpu()
 
     ways = {"generate": generate, "answer": answer, "autoencode": autoencode}
-    results, sheet = measure(args.benchmark or SUITES, args.samples, world, args.device, ways)
+    with telling_what_is_too_large(f"{BATCH} samples at once", args.device):
+        results, sheet = measure(args.benchmark or SUITES, args.samples, world, args.device, ways)
     text = f"`{args.command}`\n{table(results)}\nIn brackets and behind ±: 95% intervals.\n"
     (folder / "benchmark.md").write_text(text)
     train.contact_sheet(sheet, room=500).save(folder / "benchmark.png")

@@ -836,6 +836,7 @@ def checkpointed(block, *inputs):
 
 
 def keep_attention():
+    """Contexts of a checkpoint that saves the results of attention's kernels."""
     kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
     return create_selective_checkpoint_contexts(kept)
@@ -975,7 +976,8 @@ def generate(vino, batch, **settings):
 
 def gallery(columns, path, tasks=(), device="cpu"):
     """A picture at `path`: for a held-out sample of each task its references and its target, and what models
-    make of it. columns: (weights, settings of Vino.generate) of each. tasks: by default stage 3's."""
+    make of it. columns: (weights, settings of Vino.generate) of each. tasks: by default stage 3's; one that
+    is named twice gets two samples."""
     models = [(Vino.load(weights, device=device), settings) for weights, settings in columns]
     config, rows = models[0][0].config, []
     stage = make_stage("3", config, {})
@@ -1056,7 +1058,7 @@ class Trainer:
         """The module to train, its parameters by name, AdamW, and the averaged weights."""
         args, stage = self.args, self.stage
         for block in self.vino.transformer.blocks():
-            if stage.checkpointing:
+            if stage.checkpointing:  # inside what is compiled: around it attention would be computed again
                 block.forward = MethodType(checkpointed, block)
             if args.compile:  # once for all lengths
                 block.forward = torch.compile(block.forward, dynamic=True)
