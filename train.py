@@ -97,8 +97,8 @@ ALIGN, ALL = ["connectors", "learnable tokens"], ["connectors", "learnable token
 TOY = {"ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "betas": [0.9, 0.99], "checkpointing": False}
 STAGES = {
     # Stand-ins for what the paper downloads, in the toy world; the numbers are ours.
-    "0-vae": Stage(lr=1.5e-3, steps=3_800, cooldown=1_900, shift=1.0, batch=48, trainable=["VAE"], **TOY),
-    "0-vlm": Stage(lr=1e-3, steps=5_600, cooldown=2_800, shift=1.0, batch=32, trainable=["VLM"], **TOY),
+    "0-vae": Stage(lr=1.5e-3, steps=6_000, cooldown=4_500, shift=1.0, batch=48, trainable=["VAE"], **TOY),
+    "0-vlm": Stage(lr=1e-3, steps=8_000, cooldown=4_000, shift=1.0, batch=32, trainable=["VLM"], **TOY),
     "0-mmdit": Stage(lr=2e-3, steps=4_900, cooldown=1_600, shift=3.0, batch=128,
                      trainable=["native text", "MMDiT"], **TOY | {"drop": 0.1}),
     "1": Stage(lr=1e-4, betas=[0.9, 0.99], steps=20_000, ema=0.0, area=320**2, shift=3.0, trainable=ALIGN,
@@ -175,7 +175,7 @@ TASKS = {
     "rewrite_clip": Task("rewrite", (0,), clip=True),
 }
 MIXTURES = {  # the shares are ours: figure 6 shows the paper's as a drawing only
-    "0-vae": {"t2i": 0.4, "t2v": 0.6},
+    "0-vae": {"t2i": 0.3, "t2v": 0.7},
     "0-vlm": {"look": 0.2, "watch": 0.15, "rewrite": 0.1, "rewrite_clip": 0.1}
     | dict.fromkeys(["t2i", "t2v", "i2v", "motion", "ti2i", "ti2i_ref", "ti2v", "tv2v", "tiv2v"], 0.05),
     "0-mmdit": {"t2i": 0.5, "t2v": 0.5},
@@ -927,10 +927,15 @@ def contact_sheet(rows, room=20):
 
 def chart(runs, name, title, width=900, height=400):
     """A picture of one number of runs {label: records}: running means over a fiftieth of each, log scale."""
-    picture = Image.new("RGB", (width, height), "white")
+    picture, curves = Image.new("RGB", (width, height), "white"), {}
     draw, last = ImageDraw.Draw(picture), max(records[-1]["step"] for records in runs.values())
-    logs = {label: np.log10([max(record[name], 1e-6) for record in runs[label]]) for label in runs}
-    low, high = min(map(np.min, logs.values())) - 0.02, max(map(np.max, logs.values())) + 0.02
+    for label, records in runs.items():
+        window = math.ceil(len(records) / 50)
+        logs = np.log10([max(record[name], 1e-6) for record in records])
+        steps = np.array([record["step"] for record in records[window - 1 :]])
+        curves[label] = steps, np.convolve(logs, np.ones(window) / window, "valid")
+    low = min(means.min() for _, means in curves.values()) - 0.02
+    high = max(means.max() for _, means in curves.values()) + 0.02
 
     def points(steps, values):
         return [*zip(60 + steps / last * (width - 70), (high - values) / (high - low) * (height - 40) + 10)]
@@ -940,11 +945,9 @@ def chart(runs, name, title, width=900, height=400):
         draw.line([left, right], fill="lightgray")
         draw.text((5, left[1] - 6), f"{10**tick:.3g}", fill="black")
     draw.text((60, height - 18), f"{title}, step 1 to {last}", fill="black")
-    for number, (label, records) in enumerate(runs.items()):
-        window, color = math.ceil(len(records) / 50), f"hsl({number * 360 // len(runs)}, 80%, 40%)"
-        means = np.convolve(logs[label], np.ones(window) / window, "valid")
-        steps = np.array([record["step"] for record in records[window - 1 :]])
-        draw.line(points(steps, means), fill=color, width=2)
+    for number, (label, curve) in enumerate(curves.items()):
+        color = f"hsl({number * 360 // len(runs)}, 80%, 40%)"
+        draw.line(points(*curve), fill=color, width=2)
         draw.text((width - 110, 12 + 14 * number), label, fill=color)
     return picture
 
