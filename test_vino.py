@@ -46,9 +46,9 @@ import train
 import vino
 from train import STAGES, TASKS, Trainer, parse_arguments
 from vino import (
-    VAE, Block, Condition, Config, FrameAttention, InputError, MMDiT, Reference, Vino, build_prompt,
-    byte_tokenizer, flow_loss, guidance_weights, letterbox_size, pack, patchify, rope_3d, rotate, sample,
-    shift_time, tiled, time_steps, timeline, video_size, vlm_size,
+    VAE, Block, Condition, Config, Downsample, FrameAttention, InputError, MMDiT, Reference, Resnet, Upsample,
+    Vino, build_prompt, byte_tokenizer, flow_loss, guidance_weights, letterbox_size, pack, patchify, rope_3d,
+    rotate, sample, shift_time, tiled, time_steps, timeline, video_size, vlm_size,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -503,6 +503,55 @@ def test_large_frames_are_decoded_in_tiles_of_bounded_size(tiny):
     assert max(t for t, _, _ in seen) <= 5 and max(h * w for _, h, w in seen) <= 8 * 8
 
 
+def plain_conv(layer, x):
+    return layer.conv(torch.nn.functional.pad(x, (1, 1, 1, 1, 2, 0), mode="replicate"))
+
+
+def plain_resnet(layer, x):
+    h = plain_conv(layer.conv1, torch.nn.functional.silu(layer.norm1(x)))
+    return layer.conv_shortcut.conv(x) + plain_conv(layer.conv2, torch.nn.functional.silu(layer.norm2(h)))
+
+
+def plain_upsample(layer, x):
+    x = x.repeat_interleave(2, 3).repeat_interleave(2, 4)
+    if layer.doubles_time:
+        x = x.repeat_interleave(2, 2)[:, :, 1:]
+    return plain_conv(layer.conv, x)
+
+
+@pytest.mark.parametrize("lengths", [[9], [5, 4], [1, 4, 4], [1, 2, 2, 2, 2]], ids=str)
+def test_the_vaes_layers_equal_torchs_with_their_gradients_however_a_clip_is_cut(lengths):
+    for layer, plain in (
+        (Resnet(4, 8, 2), plain_resnet),
+        (Downsample(4, (1, 2, 2)), lambda layer, x: plain_conv(layer.conv, x)),
+        (Downsample(4, (2, 2, 2)), lambda layer, x: plain_conv(layer.conv, x)),
+        (Upsample(4, (1, 2, 2)), plain_upsample),
+        (Upsample(4, (2, 2, 2)), plain_upsample),
+    ):
+        x = (torch.randn(2, 4, 9, 6, 8) + 1).requires_grad_()
+        ours, theirs = torch.cat(list(layer(list(x.split(lengths, 2)))), 2), plain(layer, x)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        weight, inputs = torch.randn_like(theirs), [x, *layer.parameters()]
+        for a, b in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (ours, theirs))):
+            assert relative_error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
+@torch.no_grad()
+def test_how_many_pixels_the_vae_computes_at_once_does_not_change_its_result(tiny, dtype, most):
+    vae, results = copy.deepcopy(tiny.vae).to(dtype), []
+    pixels = torch.rand(1, 3, 21, 32, 48) * 2 - 1
+    for vae.config.chunk_pixels, chunks in ((2**20, 1), (8 * 32 * 48, 3), (1, 5)):
+        assert (
+            len(vae.encoder.chunks(pixels[:, :, :17]))
+            == len(vae.decoder.chunks(pixels[:, :, :5, ::8, ::8]))
+            == chunks
+        )
+        latents = vae.encode(pixels)
+        results.append(torch.cat([latents.flatten(), vae.decode(latents).flatten()]))
+    assert max(relative_error(result, results[0]) for result in results[1:]) < most
+
+
 @torch.no_grad()
 def test_frame_attention_equals_attention_under_a_causal_mask():
     layer, x = FrameAttention(8, 2), torch.randn(2, 8, 3, 4, 5)
@@ -774,6 +823,9 @@ def test_bfloat16_on_a_gpu_is_close_to_float32_on_the_cpu(tiny, photo, tmp_path)
     slow = tiny.velocity(noise, t, tiny.mm_encoder(["x"], [tiny.encode(photo)]))
     condition = fast.mm_encoder(["x"], [fast.encode(photo)])
     assert relative_error(fast.velocity(noise.cuda(), t.cuda(), condition).cpu().float(), slow) < 2e-2
+    latents = torch.randn(1, 16, 6, 6, 10)
+    decoded = fast.vae.decode(latents.cuda()).cpu().float()
+    assert relative_error(decoded, tiny.vae.decode(latents)) < 4e-2
 
 
 # ----------------------------------------------------------------------------------------------------------

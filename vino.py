@@ -127,6 +127,7 @@ class VAEConfig:
     tile_frames: list = items(16, 12)  # (length, stride) of a tile, always used
     tile_pixels: list = items(256, 192)  # (side, stride) of a tile, for large frames only
     untiled_area: int = 2**19  # frames of up to so many pixels are not cut
+    chunk_pixels: int = 2**20  # of all frames that are computed at once
 
 
 @dataclass
@@ -1095,19 +1096,89 @@ class MMDiT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class CausalConv3d(nn.Module):
-    """A convolution that pads by repetition: space on both sides, time in the past only."""
+class RepeatEdges(torch.autograd.Function):
+    """The frames `before` and x, both [B, C, T, H, W], with their edges in space repeated once.
 
+    As `F.pad` does it, but with one copy, and on a GPU in the layout that its convolutions are fast in.
+    """
+
+    EDGES = (3, 0, 1), (3, -1, -2), (4, 0, 1), (4, -1, -2)  # (dimension, outermost index, the next one)
+
+    @staticmethod
+    def forward(ctx, before, x):
+        (b, c, t, h, w), ctx.past = x.shape, before.shape[2]
+        y = empty((b, c, ctx.past + t, h + 2, w + 2), x)
+        y[:, :, : ctx.past, 1:-1, 1:-1] = before
+        y[:, :, ctx.past :, 1:-1, 1:-1] = x
+        for dim, outer, inner in RepeatEdges.EDGES:
+            y.select(dim, outer).copy_(y.select(dim, inner))
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        for dim, outer, inner in reversed(RepeatEdges.EDGES):
+            gradient.select(dim, inner).add_(gradient.select(dim, outer))
+        gradient = gradient[..., 1:-1, 1:-1]
+        return gradient[:, :, : ctx.past], gradient[:, :, ctx.past :]
+
+
+def layout(x):
+    return torch.channels_last_3d if x.is_cuda else torch.contiguous_format
+
+
+def empty(shape, like):
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like))
+
+
+def causal_conv(chunks, weight, bias, stride=(1, 1, 1)):
+    """A convolution over repeated edges: in space on both sides, in time in the past only.
+
+    A clip comes in chunks of frames [B, C, T, H, W] and leaves in chunks, each as soon as it is done. A chunk
+    sees the end of the one before it, so that the result is that of the clip in one piece.
+    """
+    weight, past, end = weight.contiguous(memory_format=layout(weight)), weight.shape[2] - 1, None
+    for x in chunks:
+        if end is None:
+            before = x[:, :, :1].expand(-1, -1, past, -1, -1)
+        else:
+            before = torch.cat([before, end], 2)[:, :, stride[0] - past - 1 :]
+        end = x[:, :, -past:]
+        yield F.conv3d(RepeatEdges.apply(before, x), weight, bias, stride)
+
+
+def norm_silu(norm, chunks):
+    """silu(GroupNorm(x)), chunk by chunk, with the statistics of all of them.
+
+    A factor and a summand for each channel, from float32 sums over frames: a frame's sum does not depend on
+    its chunk, and short sums are more exact than long ones.
+    """
+    sums = []
+    for x in chunks:
+        norms = torch.linalg.vector_norm(x, dim=(3, 4), dtype=torch.float32)
+        sums.append(torch.stack([x.sum((3, 4), dtype=torch.float32), norms.square()]))
+    area, dtype, groups = x.shape[3] * x.shape[4], x.dtype, norm.num_groups
+    # [2, B, groups, C / groups, T] -> two of [B, groups, 1]
+    mean, square = torch.cat(sums, 3).unflatten(2, (groups, -1)).mean((3, 4)).unsqueeze(3) / area
+    scale = norm.weight.view(groups, -1) * (square - mean.square() + norm.eps).rsqrt()
+    shift = norm.bias.view(groups, -1) - mean * scale
+    scale, shift = (v.flatten(1)[..., None, None, None].to(dtype) for v in (scale, shift))
+    for x in chunks:
+        yield F.silu(torch.addcmul(shift, x, scale))
+
+
+class CausalConv3d(nn.Module):
     def __init__(self, in_channels, out_channels, kernel=3, stride=1):
         super().__init__()
-        self.padding = (kernel // 2,) * 4 + (kernel - 1, 0)
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
 
-    def forward(self, x):
-        return self.conv(F.pad(x, self.padding, mode="replicate"))
+    def forward(self, chunks):
+        return causal_conv(chunks, self.conv.weight, self.conv.bias, self.conv.stride)
 
 
 class Resnet(nn.Module):
+    """Its result takes the place of its input, chunk by chunk: at the large end memory holds little else."""
+
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
@@ -1117,10 +1188,15 @@ class Resnet(nn.Module):
         if in_channels != out_channels:
             self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1)
 
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+    def forward(self, chunks):
+        hidden = []
+        for i, h in enumerate(self.conv1(norm_silu(self.norm1, chunks))):
+            hidden.append(h)
+            if hasattr(self, "conv_shortcut"):
+                chunks[i] = self.conv_shortcut.conv(chunks[i])
+        for i, h in enumerate(self.conv2(norm_silu(self.norm2, hidden))):
+            chunks[i] = chunks[i] + h
+        return chunks
 
 
 class FrameAttention(nn.Module):
@@ -1143,21 +1219,43 @@ class FrameAttention(nn.Module):
         return x + self.to_out[0](torch.stack(frames, 1)).unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
 
 
-class Resample(nn.Module):
-    """A causal convolution after nearest-neighbour upsampling, or with a stride."""
-
-    def __init__(self, channels, factor, up):
+class Downsample(nn.Module):
+    def __init__(self, channels, factor):
         super().__init__()
-        self.factor, self.up = factor, up  # factor = (time, height, width)
-        self.conv = CausalConv3d(channels, channels, stride=1 if up else factor)
+        self.conv = CausalConv3d(channels, channels, stride=factor)  # factor = (time, height, width)
 
-    def forward(self, x):
-        if self.up:
-            for dim, factor in zip((3, 4), self.factor[1:]):
-                x = x.repeat_interleave(factor, dim)
-            if self.factor[0] > 1:  # the first frame stands alone: T latent frames are 4 (T - 1) + 1 frames
-                x = torch.cat([x[:, :, :1], x[:, :, 1:].repeat_interleave(self.factor[0], 2)], 2)
-        return self.conv(x)
+    def forward(self, chunks):
+        return self.conv(chunks)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling and a causal convolution of kernel 3, in one step on the small side.
+
+    Where an axis doubles, output 2i sees x[i-1], x[i], x[i], and output 2i + 1 sees x[i], x[i], x[i+1]: two
+    taps, one of them a sum, do for three. All 2 x 2 (x 2) kinds of output are channels of one convolution.
+    """
+
+    TAPS = [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]  # [kind of output, new tap, old tap]
+
+    def __init__(self, channels, factor):
+        super().__init__()
+        self.doubles_time = factor[0] == 2
+        self.conv = CausalConv3d(channels, channels)
+
+    def forward(self, chunks):
+        kernel, bias = self.conv.conv.weight.float(), self.conv.conv.bias
+        taps = kernel.new_tensor(self.TAPS)
+        # The first frame stands alone: T frames become 2T - 1, and frame i becomes 2i - 1 and 2i.
+        times = taps.flip(0) if self.doubles_time else torch.eye(3).to(taps)[None]
+        kernel = torch.einsum("oithw, aut, bvh, cxw -> abcoiuvx", kernel, times, taps, taps)
+        kinds, weight = list(np.ndindex(kernel.shape[:3])), kernel.flatten(0, 3).to(bias.dtype)
+        for i, x in enumerate(causal_conv(chunks, weight, bias.repeat(len(kinds)))):
+            parts = x.unflatten(1, (len(kinds), -1)).unbind(1)  # [B, C, T, H + 1, W + 1], one for each kind
+            (b, c, t, h, w), rate = parts[0].shape, len(times)
+            y = empty((b, c, rate * t, 2 * h - 2, 2 * w - 2), x)
+            for (p, q, r), part in zip(kinds, parts):
+                y[:, :, p::rate, q::2, r::2] = part[..., q : q + h - 1, r : r + w - 1]
+            yield y[:, :, rate - 1 :] if i == 0 else y
 
 
 class MidBlock(nn.Module):
@@ -1167,15 +1265,23 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList([Resnet(channels, channels, groups) for _ in range(2)])
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        [x] = self.resnets[0]([x])
+        [x] = self.resnets[1]([self.attentions[0](x)])
+        return x
 
 
 class Coder(nn.Module):
-    """Encoder or decoder: levels of resnets, resampling between them, attention at the small end."""
+    """Encoder or decoder: levels of resnets, resampling between them, attention at the small end.
 
-    def __init__(self, in_channels, channels, out_channels, layers, groups, up):
+    The levels take a clip in chunks of up to `config.chunk_pixels`, and of one latent frame at least. That
+    bounds the memory and changes nothing else.
+    """
+
+    def __init__(self, config, in_channels, out_channels, up):
         super().__init__()
-        self.up = up
+        self.config, self.up = config, up
+        groups, layers = config.norm_num_groups, config.layers_per_block + up
+        channels = config.block_out_channels[:: -1 if up else 1]
         self.conv_in = CausalConv3d(in_channels, channels[0])
         levels, width = [], channels[0]
         for i, level_width in enumerate(channels):
@@ -1184,24 +1290,33 @@ class Coder(nn.Module):
             level, width = nn.ModuleDict({"resnets": resnets}), level_width
             if i < len(channels) - 1:  # space is resampled at each of these, time at the last two
                 factor = (2 if i >= len(channels) - 3 else 1, 2, 2)
-                level["upsamplers" if up else "downsamplers"] = nn.ModuleList([Resample(width, factor, up)])
+                name, resample = ("upsamplers", Upsample) if up else ("downsamplers", Downsample)
+                level[name] = nn.ModuleList([resample(width, factor)])
             levels.append(level)
         setattr(self, "up_blocks" if up else "down_blocks", nn.ModuleList(levels))
         self.mid_block = MidBlock(channels[0] if up else channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = CausalConv3d(channels[-1], out_channels)
 
+    def chunks(self, x):
+        """Cut a clip between latent frames: of pixels the first of those is 1 frame, every other is 4."""
+        pixels, per_latent = x.shape[3] * x.shape[4] * (64 if self.up else 1), 1 if self.up else 4
+        length = per_latent * max(1, self.config.chunk_pixels // (4 * pixels))
+        return list(x.tensor_split([*range(length - per_latent + 1, x.shape[2], length)], 2))
+
     def forward(self, x):
-        x = self.conv_in(x)
         if self.up:
-            x = self.mid_block(x)
+            [x] = self.conv_in([x])
+            chunks = self.chunks(self.mid_block(x))
+        else:
+            chunks = list(self.conv_in(self.chunks(x)))
         for level in self.up_blocks if self.up else self.down_blocks:
             for group in level.values():
                 for layer in group:
-                    x = layer(x)
+                    chunks = list(layer(chunks))
         if not self.up:
-            x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            chunks = [self.mid_block(torch.cat(chunks, 2))]
+        return torch.cat(list(self.conv_out(norm_silu(self.conv_norm_out, chunks))), 2)
 
 
 def tiled(function, x, dim, tile, stride, ratio, lead=0):
@@ -1238,10 +1353,9 @@ class VAE(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        channels, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
         latent = config.latent_channels
-        self.encoder = Coder(3, channels, 2 * latent, layers, groups, up=False)
-        self.decoder = Coder(latent, channels[::-1], 3, layers + 1, groups, up=True)
+        self.encoder = Coder(config, 3, 2 * latent, up=False)
+        self.decoder = Coder(config, latent, 3, up=True)
         self.quant_conv = nn.Conv3d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv3d(latent, latent, 1)
 
