@@ -542,11 +542,8 @@ def test_how_many_pixels_the_vae_computes_at_once_does_not_change_its_result(tin
     vae, results = copy.deepcopy(tiny.vae).to(dtype), []
     pixels = torch.rand(1, 3, 21, 32, 48) * 2 - 1
     for vae.config.chunk_pixels, chunks in ((2**20, 1), (8 * 32 * 48, 3), (1, 5)):
-        assert (
-            len(vae.encoder.chunks(pixels[:, :, :17]))
-            == len(vae.decoder.chunks(pixels[:, :, :5, ::8, ::8]))
-            == chunks
-        )
+        assert len(vae.encoder.chunks(pixels[:, :, :17])) == chunks
+        assert len(vae.decoder.chunks(torch.empty(1, 16, 5, 4, 6))) == chunks
         latents = vae.encode(pixels)
         results.append(torch.cat([latents.flatten(), vae.decode(latents).flatten()]))
     assert max(relative_error(result, results[0]) for result in results[1:]) < most

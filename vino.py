@@ -1124,6 +1124,7 @@ class RepeatEdges(torch.autograd.Function):
 
 
 def layout(x):
+    """The memory format of the faster convolutions."""
     return torch.channels_last_3d if x.is_cuda else torch.contiguous_format
 
 
@@ -1137,12 +1138,13 @@ def causal_conv(chunks, weight, bias, stride=(1, 1, 1)):
     A clip comes in chunks of frames [B, C, T, H, W] and leaves in chunks, each as soon as it is done. A chunk
     sees the end of the one before it, so that the result is that of the clip in one piece.
     """
-    weight, past, end = weight.contiguous(memory_format=layout(weight)), weight.shape[2] - 1, None
+    past, kept, end = weight.shape[2] - 1, weight.shape[2] - stride[0], None
+    weight = weight.contiguous(memory_format=layout(weight))
     for x in chunks:
         if end is None:
             before = x[:, :, :1].expand(-1, -1, past, -1, -1)
         else:
-            before = torch.cat([before, end], 2)[:, :, stride[0] - past - 1 :]
+            before = torch.cat([before, end], 2)[:, :, -kept:]
         end = x[:, :, -past:]
         yield F.conv3d(RepeatEdges.apply(before, x), weight, bias, stride)
 
@@ -1247,8 +1249,10 @@ class Upsample(nn.Module):
         taps = kernel.new_tensor(self.TAPS)
         # The first frame stands alone: T frames become 2T - 1, and frame i becomes 2i - 1 and 2i.
         times = taps.flip(0) if self.doubles_time else torch.eye(3).to(taps)[None]
-        kernel = torch.einsum("oithw, aut, bvh, cxw -> abcoiuvx", kernel, times, taps, taps)
-        kinds, weight = list(np.ndindex(kernel.shape[:3])), kernel.flatten(0, 3).to(bias.dtype)
+        mix = torch.einsum("aut, bvh, cxw -> abcthwuvx", times, taps, taps).flatten(6).flatten(3, 5)
+        kinds = list(np.ndindex(mix.shape[:3]))
+        weight = kernel.flatten(2).flatten(0, 1) @ mix.flatten(0, 2)  # [kinds, C * C, new taps]
+        weight = weight.view(-1, len(bias), times.shape[1], 2, 2).to(bias.dtype)
         for i, x in enumerate(causal_conv(chunks, weight, bias.repeat(len(kinds)))):
             parts = x.unflatten(1, (len(kinds), -1)).unbind(1)  # [B, C, T, H + 1, W + 1], one for each kind
             (b, c, t, h, w), rate = parts[0].shape, len(times)
