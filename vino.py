@@ -1096,33 +1096,6 @@ class MMDiT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class RepeatEdges(torch.autograd.Function):
-    """The frames `before` and x, both [B, C, T, H, W], with their edges in space repeated once.
-
-    As `F.pad` does it, but with one copy, and on a GPU in the layout that its convolutions are fast in.
-    """
-
-    EDGES = (3, 0, 1), (3, -1, -2), (4, 0, 1), (4, -1, -2)  # (dimension, outermost index, the next one)
-
-    @staticmethod
-    def forward(ctx, before, x):
-        (b, c, t, h, w), ctx.past = x.shape, before.shape[2]
-        y = empty((b, c, ctx.past + t, h + 2, w + 2), x)
-        y[:, :, : ctx.past, 1:-1, 1:-1] = before
-        y[:, :, ctx.past :, 1:-1, 1:-1] = x
-        for dim, outer, inner in RepeatEdges.EDGES:
-            y.select(dim, outer).copy_(y.select(dim, inner))
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        for dim, outer, inner in reversed(RepeatEdges.EDGES):
-            gradient.select(dim, inner).add_(gradient.select(dim, outer))
-        gradient = gradient[..., 1:-1, 1:-1]
-        return gradient[:, :, : ctx.past], gradient[:, :, ctx.past :]
-
-
 def layout(x):
     """The memory format of the faster convolutions."""
     return torch.channels_last_3d if x.is_cuda else torch.contiguous_format
@@ -1132,41 +1105,62 @@ def empty(shape, like):
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like))
 
 
-def causal_conv(chunks, weight, bias, stride=(1, 1, 1)):
-    """A convolution over repeated edges: in space on both sides, in time in the past only.
+def norm_factors(norm, chunks):
+    """GroupNorm of a clip in chunks as a factor and a summand for each channel, both [B, C, 1, 1, 1].
+
+    They come from float32 sums over rows: short sums are exact, none depends on the chunks, and so many at
+    once keep a GPU busy.
+    """
+    sums = []
+    for x in chunks:
+        norms = torch.linalg.vector_norm(x, dim=4, dtype=torch.float32)
+        sums.append(torch.stack([x.sum(4, dtype=torch.float32), norms.square()]))
+    groups = norm.num_groups  # [2, B, groups, C / groups, T, H] -> two of [B, groups, 1]
+    mean, square = torch.cat(sums, 3).unflatten(2, (groups, -1)).mean((3, 4, 5)).unsqueeze(3) / x.shape[4]
+    factor = norm.weight.view(groups, -1) * (square - mean.square() + norm.eps).rsqrt()
+    summand = norm.bias.view(groups, -1) - mean * factor
+    return [v.flatten(1)[..., None, None, None].to(x.dtype) for v in (factor, summand)]
+
+
+def padded(x, factors, before, past):
+    """x [B, C, T, H, W], or with factors silu(factor * x + summand), its edges in space repeated once.
+
+    In time it follows the frames `before` (padded ones), or its own first frame, `past` times. Where no
+    gradient is wanted it is written but once: a large VAE takes as long over memory as over convolutions.
+    """
+    if torch.is_grad_enabled():
+        x = F.silu(torch.addcmul(factors[1], x, factors[0])) if factors else x
+        x = F.pad(x, (1, 1, 1, 1, past if before is None else 0, 0), mode="replicate")
+        return x if before is None else torch.cat([before, x], 2)
+    (b, c, t, h, w), begin = x.shape, past if before is None else before.shape[2]
+    y = empty((b, c, begin + t, h + 2, w + 2), x)
+    new = y[:, :, begin:]
+    if factors:
+        torch.addcmul(factors[1], x, factors[0], out=new[..., 1:-1, 1:-1])
+        F.silu(new, inplace=True)  # with its edges, which are not yet set: it is fastest in one piece
+    else:
+        new[..., 1:-1, 1:-1] = x
+    for outer, inner in ((0, 1), (-1, -2)):
+        new[:, :, :, outer] = new[:, :, :, inner]
+        new[..., outer] = new[..., inner]
+    y[:, :, :begin] = new[:, :, :1] if before is None else before
+    return y
+
+
+def causal_conv(chunks, weight, bias, stride=(1, 1, 1), norm=None):
+    """A convolution over repeated edges, in space on both sides, in time in the past only; with a norm, of
+    silu(norm(x)).
 
     A clip comes in chunks of frames [B, C, T, H, W] and leaves in chunks, each as soon as it is done. A chunk
     sees the end of the one before it, so that the result is that of the clip in one piece.
     """
-    past, kept, end = weight.shape[2] - 1, weight.shape[2] - stride[0], None
+    past, kept, before = weight.shape[2] - 1, weight.shape[2] - stride[0], None
     weight = weight.contiguous(memory_format=layout(weight))
+    factors = norm_factors(norm, chunks) if norm else None
     for x in chunks:
-        if end is None:
-            before = x[:, :, :1].expand(-1, -1, past, -1, -1)
-        else:
-            before = torch.cat([before, end], 2)[:, :, -kept:]
-        end = x[:, :, -past:]
-        yield F.conv3d(RepeatEdges.apply(before, x), weight, bias, stride)
-
-
-def norm_silu(norm, chunks):
-    """silu(GroupNorm(x)), chunk by chunk, with the statistics of all of them.
-
-    A factor and a summand for each channel, from float32 sums over frames: a frame's sum does not depend on
-    its chunk, and short sums are more exact than long ones.
-    """
-    sums = []
-    for x in chunks:
-        norms = torch.linalg.vector_norm(x, dim=(3, 4), dtype=torch.float32)
-        sums.append(torch.stack([x.sum((3, 4), dtype=torch.float32), norms.square()]))
-    area, dtype, groups = x.shape[3] * x.shape[4], x.dtype, norm.num_groups
-    # [2, B, groups, C / groups, T] -> two of [B, groups, 1]
-    mean, square = torch.cat(sums, 3).unflatten(2, (groups, -1)).mean((3, 4)).unsqueeze(3) / area
-    scale = norm.weight.view(groups, -1) * (square - mean.square() + norm.eps).rsqrt()
-    shift = norm.bias.view(groups, -1) - mean * scale
-    scale, shift = (v.flatten(1)[..., None, None, None].to(dtype) for v in (scale, shift))
-    for x in chunks:
-        yield F.silu(torch.addcmul(shift, x, scale))
+        x = padded(x, factors, before, past)
+        before = x[:, :, -kept:]
+        yield F.conv3d(x, weight, bias, stride)
 
 
 class CausalConv3d(nn.Module):
@@ -1174,8 +1168,8 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
 
-    def forward(self, chunks):
-        return causal_conv(chunks, self.conv.weight, self.conv.bias, self.conv.stride)
+    def forward(self, chunks, norm=None):
+        return causal_conv(chunks, self.conv.weight, self.conv.bias, self.conv.stride, norm)
 
 
 class Resnet(nn.Module):
@@ -1192,11 +1186,11 @@ class Resnet(nn.Module):
 
     def forward(self, chunks):
         hidden = []
-        for i, h in enumerate(self.conv1(norm_silu(self.norm1, chunks))):
+        for i, h in enumerate(self.conv1(chunks, self.norm1)):
             hidden.append(h)
             if hasattr(self, "conv_shortcut"):
                 chunks[i] = self.conv_shortcut.conv(chunks[i])
-        for i, h in enumerate(self.conv2(norm_silu(self.norm2, hidden))):
+        for i, h in enumerate(self.conv2(hidden, self.norm2)):
             chunks[i] = chunks[i] + h
         return chunks
 
@@ -1213,12 +1207,15 @@ class FrameAttention(nn.Module):
     def forward(self, x):
         tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T, H*W, C]
         q, k, v = (layer(tokens) for layer in (self.to_q, self.to_k, self.to_v))
-        # One frame at a time needs neither a mask nor its quadratic memory.
+        # One frame at a time needs neither a mask nor its quadratic memory; without an axis for heads torch
+        # would write all scores down, in float32.
         frames = [
-            F.scaled_dot_product_attention(q[:, t], k[:, : t + 1].flatten(1, 2), v[:, : t + 1].flatten(1, 2))
+            F.scaled_dot_product_attention(
+                q[:, t : t + 1], k[:, None, : t + 1].flatten(2, 3), v[:, None, : t + 1].flatten(2, 3)
+            )
             for t in range(x.shape[2])
         ]
-        return x + self.to_out[0](torch.stack(frames, 1)).unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
+        return x + self.to_out[0](torch.cat(frames, 1)).unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
 
 
 class Downsample(nn.Module):
@@ -1320,7 +1317,7 @@ class Coder(nn.Module):
                     chunks = list(layer(chunks))
         if not self.up:
             chunks = [self.mid_block(torch.cat(chunks, 2))]
-        return torch.cat(list(self.conv_out(norm_silu(self.conv_norm_out, chunks))), 2)
+        return torch.cat(list(self.conv_out(chunks, self.conv_norm_out)), 2)
 
 
 def tiled(function, x, dim, tile, stride, ratio, lead=0):
