@@ -1125,13 +1125,9 @@ def norm_factors(norm, chunks):
 def padded(x, factors, before, past):
     """x [B, C, T, H, W], or with factors silu(factor * x + summand), its edges in space repeated once.
 
-    In time it follows the frames `before` (padded ones), or its own first frame, `past` times. Where no
-    gradient is wanted it is written but once: a large VAE takes as long over memory as over convolutions.
+    In time it follows the frames `before` (padded ones), or its own first frame, `past` times. It is written
+    but once: a large VAE takes as long over memory as over convolutions.
     """
-    if torch.is_grad_enabled():
-        x = F.silu(torch.addcmul(factors[1], x, factors[0])) if factors else x
-        x = F.pad(x, (1, 1, 1, 1, past if before is None else 0, 0), mode="replicate")
-        return x if before is None else torch.cat([before, x], 2)
     (b, c, t, h, w), begin = x.shape, past if before is None else before.shape[2]
     y = empty((b, c, begin + t, h + 2, w + 2), x)
     new = y[:, :, begin:]
@@ -1152,9 +1148,15 @@ def causal_conv(chunks, weight, bias, stride=(1, 1, 1), norm=None):
     silu(norm(x)).
 
     A clip comes in chunks of frames [B, C, T, H, W] and leaves in chunks, each as soon as it is done. A chunk
-    sees the end of the one before it, so that the result is that of the clip in one piece.
+    sees the end of the one before it, so that the result is that of the clip in one piece. Gradients need all
+    in memory anyway: with them a clip is one chunk, and torch's own functions do.
     """
     past, kept, before = weight.shape[2] - 1, weight.shape[2] - stride[0], None
+    if torch.is_grad_enabled():
+        [x] = chunks
+        x = F.pad(F.silu(norm(x)) if norm else x, (1, 1, 1, 1, past, 0), mode="replicate")
+        yield F.conv3d(x, weight, bias, stride)
+        return
     weight = weight.contiguous(memory_format=layout(weight))
     factors = norm_factors(norm, chunks) if norm else None
     for x in chunks:
@@ -1205,14 +1207,12 @@ class FrameAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x):
-        tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T, H*W, C]
+        tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)[:, None]  # [B, 1, T, H*W, C]
         q, k, v = (layer(tokens) for layer in (self.to_q, self.to_k, self.to_v))
-        # One frame at a time needs neither a mask nor its quadratic memory; without an axis for heads torch
-        # would write all scores down, in float32.
+        # One frame at a time needs neither a mask nor its quadratic memory. Without an axis for heads torch
+        # would write down all scores, in float32.
         frames = [
-            F.scaled_dot_product_attention(
-                q[:, t : t + 1], k[:, None, : t + 1].flatten(2, 3), v[:, None, : t + 1].flatten(2, 3)
-            )
+            F.scaled_dot_product_attention(q[:, :, t], *(z[:, :, : t + 1].flatten(2, 3) for z in (k, v)))
             for t in range(x.shape[2])
         ]
         return x + self.to_out[0](torch.cat(frames, 1)).unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
@@ -1274,8 +1274,8 @@ class MidBlock(nn.Module):
 class Coder(nn.Module):
     """Encoder or decoder: levels of resnets, resampling between them, attention at the small end.
 
-    The levels take a clip in chunks of up to `config.chunk_pixels`, and of one latent frame at least. That
-    bounds the memory and changes nothing else.
+    Without gradients the levels take a clip in chunks of up to `config.chunk_pixels`, and of one latent frame
+    at least. That bounds the memory and changes nothing else.
     """
 
     def __init__(self, config, in_channels, out_channels, up):
@@ -1301,6 +1301,8 @@ class Coder(nn.Module):
 
     def chunks(self, x):
         """Cut a clip between latent frames: of pixels the first of those is 1 frame, every other is 4."""
+        if torch.is_grad_enabled():
+            return [x]
         pixels, per_latent = x.shape[3] * x.shape[4] * (64 if self.up else 1), 1 if self.up else 4
         length = per_latent * max(1, self.config.chunk_pixels // (4 * pixels))
         return list(x.tensor_split([*range(length - per_latent + 1, x.shape[2], length)], 2))
