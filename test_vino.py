@@ -550,6 +550,8 @@ def test_how_many_pixels_the_vae_computes_at_once_does_not_change_its_result(tin
         latents = vae.encode(pixels)
         results.append(torch.cat([latents.flatten(), vae.decode(latents).flatten()]))
     assert max(relative_error(result, results[0]) for result in results[1:]) < most
+    with torch.enable_grad():  # keeps all in memory anyway
+        assert len(vae.encoder.chunks(pixels)) == 1
 
 
 @torch.no_grad()

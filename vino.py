@@ -1108,8 +1108,8 @@ def empty(shape, like):
 def norm_factors(norm, chunks):
     """GroupNorm of a clip in chunks as a factor and a summand for each channel, both [B, C, 1, 1, 1].
 
-    They come from float32 sums over rows: short sums are exact, none depends on the chunks, and so many at
-    once keep a GPU busy.
+    They come from float32 sums over rows, which are short and so exact, do not depend on the chunks, and are
+    enough to keep a GPU busy.
     """
     sums = []
     for x in chunks:
