@@ -358,7 +358,7 @@ def test_small_branches_run_together_and_large_ones_one_after_the_other(tiny, ph
     monkeypatch.setattr(tiny.transformer, "forward", lambda *inputs: forwards.append(1) or forward(*inputs))
     together = tiny.generate(["x"], [photo], **settings)
     assert len(forwards) == 2
-    monkeypatch.setattr(MMDiT, "TOGETHER", 119)  # the image and its reference have 120 patches
+    monkeypatch.setattr(vino, "TOGETHER", 119)  # the image and its reference have 120 patches
     assert relative_error(tiny.generate(["x"], [photo], **settings), together) < 1e-5
     assert len(forwards) == 2 + 3 * 2
 
@@ -551,10 +551,15 @@ def one_of_two(rank, folder, photo, clip, port):
     torch.distributed.init_process_group("gloo")
     model = with_odd_lengths()
     forward, seen = model.transformer.forward, []
-    model.transformer.forward = lambda x, t, context: seen.append(context.visual) or forward(x, t, context)
+
+    def watched(x, t, context):
+        seen.append((*context.visual, context.crew.size))
+        return forward(x, t, context)
+
+    model.transformer.forward = watched
     pixels = [*generated(model, photo, clip, torch.distributed.group.WORLD)]
     # Two branches, each on one process; then three, of 115 visual tokens or without the image 98, on both.
-    assert seen == [[15]] * 2 + [[58 - rank], [58 - rank], [49]] * 2
+    assert seen == [(15, 1)] * 2 + [(115, 2), (115, 2), (98, 2)] * 2
     torch.distributed.destroy_process_group()
     assert all(sample is None for sample in pixels) == (rank == 1)
     if rank == 0:

@@ -719,96 +719,6 @@ def attend(q, k, v, mask=None):
         return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
-def joined(parts):
-    """Pieces [B, L, ...] one behind the other. torch.cat alone would copy even a single one."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-@dataclass
-class Crew:
-    """Processes that run a guidance branch together ("Ulysses"), each with a share of its tokens. In
-    attention, where tokens meet, each has all tokens instead, and a share of the heads. Their number must
-    divide the number of heads. A process by itself is a crew, too."""
-
-    group: dist.ProcessGroup | None = None
-    size: int = 1
-    rank: int = 0
-
-    def own(self, x, dim=1):
-        """A copy of this process's share of x: for a view torch.compile would make another graph."""
-        return x.tensor_split(self.size, dim)[self.rank].clone()
-
-    def joint(self, visual, text):
-        """[B, Lv, ...] and [B, Lt, ...] in the order of `attend`: visual tokens and text of each process."""
-        shares = zip(visual.tensor_split(self.size, 1), text.tensor_split(self.size, 1))
-        return [torch.cat(pair, 1) for pair in shares]
-
-    def alone(self, x, length):
-        """This process's share among those of the others, which are zero: [B, own, D] -> [B, length, D]."""
-        before = sum(share.numel() for share in torch.arange(length).tensor_split(self.size)[: self.rank])
-        return F.pad(x, (0, 0, before, length - before - x.shape[1]))
-
-    @torch.compiler.disable  # a compiled block is cut in two here
-    def attend(self, q, k, v, mask, lengths):
-        """Attention over everyone's tokens, q, k, v [B, own, heads, head] -> [B, own, D]. lengths: the number
-        of tokens of each process."""
-        own = [lengths[self.rank]] * self.size
-        x = torch.cat([q, k, v]).unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4).contiguous()
-        tokens = x.new_empty(sum(lengths), *x.shape[2:])  # [L, 3 B, heads / size, head]
-        dist.all_to_all_single(tokens, x.flatten(0, 1), lengths, own, self.group)
-        x = attend(*tokens.transpose(0, 1).chunk(3), mask).transpose(0, 1).contiguous()  # [L, B, D / size]
-        heads = x.new_empty(sum(own), *x.shape[1:])
-        dist.all_to_all_single(heads, x, own, lengths, self.group)
-        return heads.unflatten(0, (self.size, -1)).permute(2, 1, 0, 3).flatten(2)
-
-
-@lru_cache  # groups are made once, by all processes
-def divide(branches, group):
-    """Divide a group of processes into crews: one for each guidance branch, if that comes out even, else one
-    for all branches. Returns the number of crews, which of them this process is in, and that one."""
-    count = branches if group.size() % branches == 0 else 1
-    size = group.size() // count
-    crew, _ = dist.new_subgroups(size, group)
-    return count, group.rank() // size, Crew(crew, size, crew.rank())
-
-
-@dataclass
-class Context:
-    """Guidance branches as the MMDiT sees them: all that no step changes.
-
-    They stand one behind the other in one sequence. Every layer but attention takes each token by itself, so
-    branches of any lengths run together without padding."""
-
-    fixed: list  # of each branch, [B, L, D]: the packed references, which the target follows
-    text: list  # of each branch, what TokenRefiner.forward gets: tokens [B, L, D], their mean [B, D], mask
-    visual: list  # of each branch, the number of visual tokens, the target's among them
-    words: list  # of each branch, the number of text tokens
-    masks: list  # of each branch, [B, 1, 1, L], True where a key may be seen; None where nothing is padded
-    rope: tuple  # (cos, sin) of the whole sequence
-    guidance: Tensor  # [1, D], embedded
-    crew: Crew  # If it is of several processes, there is one branch; visual, words and rope are of our share.
-    shares: list  # the number of tokens of each process of the crew
-
-    def join(self, visual, text):
-        """Two streams -> one, in which each branch has its visual tokens first and then its text."""
-        pairs = zip(visual.split(self.visual, 1), text.split(self.words, 1))
-        return torch.cat([part for pair in pairs for part in pair], 1)
-
-    def part(self, x):
-        """The reverse of `join`."""
-        parts = x.split([length for pair in zip(self.visual, self.words) for length in pair], 1)
-        return joined(parts[::2]), joined(parts[1::2])
-
-    def attend(self, q, k, v):
-        """Rotate, and let each branch attend to itself: 3 x [B, L, heads, head] -> [B, L, D]."""
-        q, k = rotate(q, self.rope), rotate(k, self.rope)
-        if self.crew.size > 1:
-            return self.crew.attend(q, k, v, self.masks[0], self.shares)
-        lengths = [sum(pair) for pair in zip(self.visual, self.words)]
-        branches = zip(*(x.split(lengths, 1) for x in (q, k, v)), self.masks)
-        return joined([attend(*branch) for branch in branches])
-
-
 def sinusoid(t, dim=256):
     """Sinusoidal features [B, dim] of t [B], cosines first, in float32."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -991,9 +901,6 @@ class MMDiT(nn.Module):
     """HunyuanVideo's transformer over the interleaved context: predicts the target's velocity."""
 
     UNUSED = "time_text_embed.text_embedder."  # CLIP's pooled text: in the base checkpoint, not in VINO
-    # Guidance branches of up to so many visual tokens run together: small ones alone leave a GPU half idle.
-    # Larger ones fill it, and together would only take the memory of all.
-    TOGETHER = 8192
 
     def __init__(self, config):
         super().__init__()
@@ -1013,53 +920,42 @@ class MMDiT(nn.Module):
     def blocks(self):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
-    def context(self, conditions, shape, crew=Crew()):
-        """The Context of guidance branches that run together: Conditions of one batch size, and the shape
-        (T, H, W) of the target's latents. A crew of several processes takes one branch."""
-        config, embed = self.config, self.x_embedder["proj"]
-        dtype = embed.weight.dtype
-        fixed, text, visual, words, positions, masks = [], [], [], [], [], []
+    def context(self, conditions, shape, crew=None):
+        """What no step changes: the Context of guidance branches that run together.
+
+        Args: the branches' Conditions, of one batch size; the shape (T, H, W) of the target's latents. A Crew
+        of several processes takes one branch."""
+        crew, config, embed = crew or Crew(), self.config, self.x_embedder["proj"]
+        fixed, text, positions, masks = [], [], [], []
         for condition in conditions:
-            tokens, mask = condition.tokens.to(dtype), condition.mask
+            tokens, mask = condition.tokens.to(embed.weight.dtype), condition.mask
             blank = tokens.new_zeros(len(tokens), config.in_channels, *shape)  # each step has its own target
-            latents = [*condition.references, blank]
-            *references, target = [embed(part.to(dtype)) for part in latents]
+            *references, target = [embed(x.to(tokens.dtype)) for x in (*condition.references, blank)]
             packed, where = pack(references, condition.boundaries, target)
             fixed.append(packed[:, : -target[0, 0].numel()].clone())  # a view would keep all of it
             text.append((*self.context_embedder.embed(tokens, mask), mask))
             # Text is not rotated: position 0 on every axis is the rotation by nothing.
-            positions += [crew.own(part, 0) for part in (where, where.new_zeros(tokens.shape[1], 3))]
-            visual.append(len(positions[-2]))
-            words.append(len(positions[-1]))
-            # Every visual token is seen.
-            seen = [torch.ones_like(x[..., 0], dtype=torch.bool) for x in (packed, tokens)]
-            shares = crew.joint(seen[0], seen[1] if mask is None else mask)
-            masks.append(mask if mask is None else torch.cat(shares, 1)[:, None, None])
-        rope = rope_3d(torch.cat(positions), config.rope_axes_dim, config.rope_theta)
+            positions += [where, where.new_zeros(tokens.shape[1], 3)]
+            if mask is not None:  # every visual token is seen
+                mask = crew.joint(mask.new_ones(packed.shape[:2]), mask)[:, None, None]
+            masks.append(mask)
+        visual, words = [len(part) for part in positions[::2]], [len(part) for part in positions[1::2]]
+        positions = torch.cat([crew.own(part, 0) for part in positions])
+        rope = rope_3d(positions, config.rope_axes_dim, config.rope_theta)
         # The distilled guidance input is kept, at a constant.
-        guidance = sinusoid(torch.full((1,), 1000.0, device=rope[0].device))
+        guidance = sinusoid(torch.full((1,), 1000.0, device=positions.device))
         guidance = self.time_text_embed["guidance_embedder"](guidance)
-        lengths = [share.shape[1] for share in shares]
-        return Context(fixed, text, visual, words, masks, rope, guidance, crew, lengths)
-
-    def contexts(self, conditions, shape, crew):
-        """The Contexts of all guidance branches: one while they are small, else one each."""
-        sizes = [math.prod(shape) + sum(math.prod(x.shape[2:]) for x in c.references) for c in conditions]
-        visual = len(conditions[0].tokens) * max(sizes) // math.prod(self.patch)
-        if crew.size > 1 or visual > self.TOGETHER:
-            return [self.context([condition], shape, crew) for condition in conditions]
-        return [self.context(conditions, shape)]
+        return Context(fixed, text, visual, words, masks, rope, guidance, crew)
 
     def forward(self, latents, t, context):
         """Velocities [branches, B, C, T, H, W] of the noisy target `latents` [B, C, T, H, W] at time t [B] in
         [0, 1], 1 = noise, in each branch of a Context of the same batch size. A process of a crew returns the
         velocity of its own tokens, and zero elsewhere."""
         target = self.x_embedder["proj"](latents.to(self.x_embedder["proj"].weight.dtype))
-        tokens, timestep = target.flatten(2).transpose(1, 2), 999 * t
-        lengths = [fixed.shape[1] + tokens.shape[1] for fixed in context.fixed]
-        x = context.crew.own(torch.cat([part for fixed in context.fixed for part in (fixed, tokens)], 1))
-        text = context.crew.own(joined([self.context_embedder(*part, timestep) for part in context.text]))
+        timestep = 999 * t
         embedding = self.time_text_embed["timestep_embedder"](sinusoid(timestep)) + context.guidance
+        texts = [self.context_embedder(*part, timestep) for part in context.text]
+        x, text = context.streams(target.flatten(2).transpose(1, 2), texts)
 
         for block in self.transformer_blocks:
             x, text = block(x, text, embedding, context)
@@ -1068,9 +964,12 @@ class MMDiT(nn.Module):
             x = block(x, embedding, context)
 
         scale, shift = self.norm_out(embedding)
-        x = context.crew.alone(self.proj_out(modulate(context.part(x)[0], shift, scale)), sum(lengths))
-        targets = [branch[:, -tokens.shape[1] :] for branch in x.split(lengths, 1)]
-        return torch.stack([self.unpatchify(x, target.shape[2:]) for x in targets])
+        velocity = self.proj_out(modulate(context.part(x)[0], shift, scale))
+        return torch.stack([self.unpatchify(part, target.shape[2:]) for part in context.targets(velocity)])
+
+    def unpatchify(self, x, shape):  # [B, T*H*W, C * patch] -> [B, C, T, H, W]
+        x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, tuple(shape))  # [B, T, H, W, C, pt, ph, pw]
+        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
 
     def flops(self, context):
         """Operations of this process in a forward: a token takes 2 for each weight of the blocks, and 4 D for
@@ -1079,15 +978,135 @@ class MMDiT(nn.Module):
         weights = (4 + 2 * config.mlp_ratio) * config.width**2  # of one stream, in blocks of all three kinds
         depth = config.num_layers + config.num_single_layers
         for visual, words in zip(context.visual, context.words):
-            length = visual + words
-            seen = sum(context.shares) if context.crew.size > 1 else length
-            total += depth * length * (2 * weights + 4 * config.width * seen)
-            total += config.num_refiner_layers * words * (2 * weights + 4 * config.width * words)
-        return total * len(context.fixed[0])
+            for layers, length in ((depth, visual + words), (config.num_refiner_layers, words)):
+                total += layers * length * (2 * weights + 4 * config.width * length)
+        return total * len(context.fixed[0]) / context.crew.size
 
-    def unpatchify(self, x, shape):  # [B, T*H*W, C * patch] -> [B, C, T, H, W]
-        x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, tuple(shape))  # [B, T, H, W, C, pt, ph, pw]
-        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
+
+# --- Several guidance branches in one forward, and several GPUs for one branch -----------------------------
+
+
+@dataclass
+class Context:
+    """Guidance branches as the MMDiT sees them: all that no step changes.
+
+    They stand one behind the other in one sequence. Every layer but attention takes each token by itself, so
+    branches of any lengths run together without padding."""
+
+    fixed: list  # of each branch, [B, L, D]: the packed references, which the target follows
+    text: list  # of each branch, what TokenRefiner.forward gets: tokens [B, L, D], their mean [B, D], mask
+    visual: list  # of each branch, the number of visual tokens, the target's among them
+    words: list  # of each branch, the number of text tokens
+    masks: list  # of each branch, [B, 1, 1, L], True where a key may be seen; None where nothing is padded
+    rope: tuple  # (cos, sin) of the crew's share of the sequence
+    guidance: Tensor  # [1, D], embedded
+    crew: "Crew"  # the processes that share each stream's tokens: one, or there is one branch
+
+    def streams(self, target, texts):
+        """Our share of both streams, [B, L, D]. target: its tokens; texts: of each branch, refined."""
+        visual = torch.cat([part for fixed in self.fixed for part in (fixed, target)], 1)
+        return self.crew.own(visual), self.crew.own(joined(texts))
+
+    def targets(self, x):
+        """The target's part of our share of the visual stream, in each branch."""
+        branches = self.crew.alone(x, sum(self.visual)).split(self.visual, 1)
+        return [branch[:, fixed.shape[1] :] for branch, fixed in zip(branches, self.fixed)]
+
+    def lengths(self):
+        """Of our share, [visual, words, visual, words, ...] of the branches."""
+        return [self.crew.shares(n)[self.crew.rank] for pair in zip(self.visual, self.words) for n in pair]
+
+    def join(self, visual, text):
+        """Two streams -> one, in which each branch has its visual tokens first and then its text."""
+        lengths = self.lengths()
+        pairs = zip(visual.split(lengths[::2], 1), text.split(lengths[1::2], 1))
+        return torch.cat([part for pair in pairs for part in pair], 1)
+
+    def part(self, x):
+        """The reverse of `join`."""
+        parts = x.split(self.lengths(), 1)
+        return joined(parts[::2]), joined(parts[1::2])
+
+    def attend(self, q, k, v):
+        """Rotate, and let each branch attend to itself: 3 x [B, L, heads, head] -> [B, L, D]."""
+        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        if self.crew.size > 1:
+            return self.crew.attend(q, k, v, self.masks[0], self.visual[0], self.words[0])
+        lengths = [sum(pair) for pair in zip(self.visual, self.words)]
+        branches = zip(*(x.split(lengths, 1) for x in (q, k, v)), self.masks)
+        return joined([attend(*branch) for branch in branches])
+
+
+def joined(parts):
+    """Pieces [B, L, ...] one behind the other. torch.cat alone would copy even a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+# Guidance branches of up to so many visual tokens run together: small ones alone leave a GPU half idle.
+# Larger ones fill it, and together would only take the memory of all.
+TOGETHER = 8192
+
+
+def arrange(mmdit, conditions, shape, crew):
+    """The Contexts of all guidance branches: one while they are small, else one each."""
+    sizes = [math.prod(shape) + sum(math.prod(x.shape[2:]) for x in c.references) for c in conditions]
+    visual = len(conditions[0].tokens) * max(sizes) // math.prod(mmdit.patch)
+    if crew.size > 1 or visual > TOGETHER:
+        return [mmdit.context([condition], shape, crew) for condition in conditions]
+    return [mmdit.context(conditions, shape)]
+
+
+@dataclass
+class Crew:
+    """Processes that run a guidance branch together ("Ulysses"), each with a share of its tokens. In
+    attention, where tokens meet, each has all tokens instead, and a share of the heads. Their number must
+    divide the number of heads. A process by itself is a crew, too."""
+
+    group: dist.ProcessGroup | None = None
+    size: int = 1
+    rank: int = 0
+
+    def shares(self, length):
+        """How many of `length` tokens each process has, as by tensor_split."""
+        return [(length + self.size - 1 - rank) // self.size for rank in range(self.size)]
+
+    def own(self, x, dim=1):
+        """This process's share of x; of several a copy: for a view torch.compile would make another graph."""
+        return x if self.size == 1 else x.tensor_split(self.size, dim)[self.rank].clone()
+
+    def alone(self, x, length):
+        """This process's share among those of the others, which are zero: [B, own, D] -> [B, length, D]."""
+        before = sum(self.shares(length)[: self.rank])
+        return F.pad(x, (0, 0, before, length - before - x.shape[1]))
+
+    def joint(self, visual, text):
+        """[B, Lv, ...] and [B, Lt, ...] in the order of `attend`: visual tokens and text of each process."""
+        pairs = zip(visual.tensor_split(self.size, 1), text.tensor_split(self.size, 1))
+        return torch.cat([part for pair in pairs for part in pair], 1)
+
+    @torch.compiler.disable  # a compiled block is cut in two here
+    def attend(self, q, k, v, mask, visual, words):
+        """Attention over everyone's tokens, q, k, v [B, own, heads, head] -> [B, own, D]. visual, words: how
+        many tokens of each kind all processes have together."""
+        lengths = [sum(pair) for pair in zip(self.shares(visual), self.shares(words))]
+        own = [lengths[self.rank]] * self.size
+        x = torch.cat([q, k, v]).unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4).contiguous()
+        tokens = x.new_empty(sum(lengths), *x.shape[2:])  # [L, 3 B, heads / size, head]
+        dist.all_to_all_single(tokens, x.flatten(0, 1), lengths, own, self.group)
+        x = attend(*tokens.transpose(0, 1).chunk(3), mask).transpose(0, 1).contiguous()  # [L, B, D / size]
+        heads = x.new_empty(sum(own), *x.shape[1:])
+        dist.all_to_all_single(heads, x, own, lengths, self.group)
+        return heads.unflatten(0, (self.size, -1)).permute(2, 1, 0, 3).flatten(2)
+
+
+@lru_cache  # groups are made once, by all processes
+def divide(branches, group):
+    """Divide a group of processes into crews: one for each guidance branch, if that comes out even, else one
+    for all branches. Returns the number of crews, which of them this process is in, and that one."""
+    count = branches if group.size() % branches == 0 else 1
+    size = group.size() // count
+    crew, _ = dist.new_subgroups(size, group)
+    return count, group.rank() // size, Crew(crew, size, crew.rank())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1475,7 +1494,7 @@ class Vino(nn.Module):
         noise = noise.to(self.mm_encoder.metaquery.device)
         count, number, crew = divide(len(branches), group) if group else (1, 0, Crew())
         weights, conditions = zip(*[*branches.values()][number::count])
-        contexts = self.transformer.contexts(conditions, noise.shape[2:], crew)
+        contexts = arrange(self.transformer, conditions, noise.shape[2:], crew)
 
         def guided(x, t):
             velocities = [v for context in contexts for v in self.transformer(x, t, context)]
