@@ -408,7 +408,7 @@ def test_answers_are_greedy_and_the_same_alone_and_in_a_batch(tiny, photo):
     prompt = build_prompt(encoder.tokenizer, prompts[0], references, encoder.merge)
     for _ in range(6):  # without a cache
         last = encoder.prefill([prompt], references, DynamicCache())[0][:, -1]
-        prompt = vino.continued(prompt, encoder.mm_encoder.lm_head(last).argmax(-1).tolist())
+        prompt = replace(prompt, ids=prompt.ids + encoder.mm_encoder.lm_head(last).argmax(-1).tolist())
     assert encoder.tokenizer.decode(prompt.ids[-6:], skip_special_tokens=True).strip() == answers[0]
 
 
@@ -1377,7 +1377,8 @@ def test_the_answers_loss_is_next_token_cross_entropy_whatever_the_padding(confi
     references = [objective.vino.encode(reference) for reference in batch.references]
     prompt = build_prompt(vlm.tokenizer, batch.prompts[0], references, vlm.merge)
     answer = [*vlm.tokenizer.encode(batch.answers[0]).ids, vlm.tokenizer.token_to_id("<|im_end|>")]
-    states = vlm.prefill([vino.continued(prompt, answer)], references, DynamicCache())[0][0]
+    answered = replace(prompt, ids=prompt.ids + answer)
+    states = vlm.prefill([answered], references, DynamicCache())[0][0]
     states = states[len(prompt.ids) - 1 : -1]
     expected = torch.nn.functional.cross_entropy(vlm.mm_encoder.lm_head(states), torch.tensor(answer))
     assert torch.allclose(together[0], expected, rtol=1e-4)

@@ -57,8 +57,8 @@ from transformers import DynamicCache
 
 from vino import (
     REWRITE_PROMPT, SYSTEM_PROMPT, Condition, Config, EncodedReference, InputError, MMDiT, Modulation,
-    Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, continued, flow_loss, letterbox, normalize,
-    override, patchify, read_frames, read_image, read_json, sample, to_frames, video_size, vlm_size,
+    Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, flow_loss, letterbox, normalize, override,
+    patchify, read_frames, read_image, read_json, sample, to_frames, video_size, vlm_size,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -784,7 +784,8 @@ class Objective(nn.Module):
         prompts, end = [], vlm.tokenizer.token_to_id("<|im_end|>")
         answers = [[*vlm.tokenizer.encode(text).ids, end] for text in batch.answers]
         for text, answer in zip(batch.prompts, answers):
-            prompts.append(continued(build_prompt(vlm.tokenizer, text, references, vlm.merge), answer))
+            prompt = build_prompt(vlm.tokenizer, text, references, vlm.merge)
+            prompts.append(replace(prompt, ids=prompt.ids + answer))
         most, device = max(map(len, answers)), batch.target.device
         last = vlm.prefill(prompts, references, DynamicCache())[0][:, -most - 1 : -1]
         ignored = [[-100] * (most - len(answer)) + answer for answer in answers]  # padding and prompt

@@ -18,7 +18,7 @@ import json
 import math
 import pickle
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -393,69 +393,64 @@ class Prompt:
     """Figure 4's template, filled in and tokenised."""
 
     ids: list  # L token ids
-    positions: Tensor  # [3, L]: M-RoPE positions in time, height and width
+    head: Tensor  # M-RoPE positions of what stands before the text
     starts: list  # for each reference, the index of its (first) start token
     ends: list  # and of its (last) end token
+
+    @property
+    def positions(self):
+        """[3, L]: M-RoPE positions in time, height and width. Text counts on all three."""
+        text = self.head.max() + 1 + torch.arange(len(self.ids) - self.head.shape[1])
+        return torch.cat([self.head, text.expand(3, -1)], 1)
+
+
+def plain_ids(tokenizer, text):
+    """Token ids of a text that stays text: a special token spelled in it is not one."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def build_prompt(tokenizer, text, references, merge):
     """Figure 4: system line, images, video, text. `references` need `grid` and `is_video`; `merge` is the
-    VLM's spatial_merge_size. Text stays text: a special token spelled in it is not one."""
-    head, rest = prompt_head(tokenizer, tuple((r.grid, r.is_video) for r in references), merge)
-    tokenizer.encode_special_tokens = True
-    ids = tokenizer.encode(rest + text, add_special_tokens=False).ids
-    im_start, im_end = map(tokenizer.token_to_id, ("<|im_start|>", "<|im_end|>"))
-    newline, answer = (tokenizer.encode(part, add_special_tokens=False).ids for part in ("\n", "assistant\n"))
-    return continued(head, [*ids, im_end, *newline, im_start, *answer])
-
-
-def continued(prompt, ids):
-    """The Prompt with more text behind it."""
-    positions = prompt.positions.max() + 1 + torch.arange(len(ids))
-    positions = torch.cat([prompt.positions, positions.expand(3, -1)], 1)
-    return Prompt(prompt.ids + ids, positions, prompt.starts, prompt.ends)
+    VLM's spatial_merge_size."""
+    head, before, behind = template(tokenizer, tuple((r.grid, r.is_video) for r in references), merge)
+    return replace(head, ids=head.ids + plain_ids(tokenizer, before + text) + behind)
 
 
 @lru_cache(maxsize=64)  # a batch's prompts have it in common
-def prompt_head(tokenizer, references, merge):
-    """What stands before a prompt's own text: a Prompt, and the text between its end and the own one, with
-    which that is tokenised as one. references: (grid, is_video) of each."""
+def template(tokenizer, references, merge):
+    """What stands around a prompt's own text: a Prompt; the text between its end and the own one, with which
+    that is tokenised as one; and the ids behind it. references: (grid, is_video) of each."""
 
-    def special(name, h=1, w=1):
-        return (tokenizer.token_to_id(f"<|{name}|>"), h, w)
+    def special(name, h=1, w=1):  # a token as (id, height, width), of which all but images' are 1 x 1
+        return [(tokenizer.token_to_id(f"<|{name}|>"), h, w)]
+
+    def plain(text):
+        return [(token, 1, 1) for token in plain_ids(tokenizer, text)]
 
     im_start, im_end, start, end = map(special, ("im_start", "im_end", "vision_start", "vision_end"))
-    pieces = [im_start, f"system\n{SYSTEM_PROMPT}", im_end, "\n", im_start]
-    rest = "user\n"
+    head = im_start + plain(f"system\n{SYSTEM_PROMPT}") + im_end + plain("\n") + im_start
+    behind = im_end + plain("\n") + im_start + plain("assistant\n")
+    before, first = "user\n", [0]  # first: how many start tokens stand before each reference
     for number, ((t, h, w), is_video) in enumerate(references, 1):
         h, w = h // merge, w // merge
         if not is_video:
-            pieces += [f"{rest}Image {number}: ", start, special("image_pad", h, w), end]
+            head += plain(f"{before}Image {number}: ") + start + special("image_pad", h, w) + end
         for pair in range(t if is_video else 0):  # two frames each; the release assumes 24 frames a second
-            name = "" if pair else f"{rest}Video 1: "
-            moment = f"{name}<{(2 * pair + 0.5) / 24:.1f} seconds>"
-            pieces += [moment, start, special("video_pad", h, w), end]
-        rest = ""
+            name = "" if pair else f"{before}Video 1: "
+            moment = plain(f"{name}<{(2 * pair + 0.5) / 24:.1f} seconds>")
+            head += moment + start + special("video_pad", h, w) + end
+        before = ""
+        first.append(first[-1] + (t if is_video else 1))
 
     ids, positions, offset = [], [], 0
-    tokenizer.encode_special_tokens = True
-    for piece in pieces:
-        if isinstance(piece, str):
-            tokens = [(token, 1, 1) for token in tokenizer.encode(piece, add_special_tokens=False).ids]
-        else:
-            tokens = [piece]
-        for token, h, w in tokens:  # a plain token is a 1 x 1 image
-            ids += [token] * (h * w)
-            positions += [(offset, offset + row, offset + column) for row in range(h) for column in range(w)]
-            offset += max(h, w)
-
-    starts = [i for i, x in enumerate(ids) if x == start[0]]
-    ends = [i for i, x in enumerate(ids) if x == end[0]]
-    first = [0]  # how many start tokens stand before each reference: a video has one per pair of frames
-    for (t, _, _), is_video in references:
-        first.append(first[-1] + (t if is_video else 1))
+    for token, h, w in head:
+        ids += [token] * (h * w)
+        positions += [(offset, offset + row, offset + column) for row in range(h) for column in range(w)]
+        offset += max(h, w)
+    starts, ends = ([i for i, x in enumerate(ids) if x == edge[0][0]] for edge in (start, end))
     starts, ends = [starts[i] for i in first[:-1]], [ends[i - 1] for i in first[1:]]
-    return Prompt(ids, torch.tensor(positions).T, starts, ends), rest
+    return Prompt(ids, torch.tensor(positions).T, starts, ends), before, [token for token, _, _ in behind]
 
 
 def attention_kernels():
@@ -518,29 +513,29 @@ class MultiModalEncoder(nn.Module):
         cache = DynamicCache()
         with torch.no_grad():
             hidden, positions, mask = self.prefill(batch, references, cache)[1:]
-        pad = [hidden.shape[1] - len(prompt.ids) for prompt in batch]
+        pad = torch.tensor([[hidden.shape[1] - len(prompt.ids)] for prompt in batch])
+        edges = torch.tensor([batch[0].starts, batch[0].ends], dtype=torch.long)[:, None]  # alike in all
+        starts, ends = (edges + pad).to(hidden.device)
         queries = self.metaquery.to(hidden.dtype).expand(len(batch), -1, -1)
         # The release starts the queries' positions at the last prompt token's, not one after it.
         positions = positions[:, :, -1:] + torch.arange(queries.shape[1], device=hidden.device)
         if queries.shape[1]:
             mask = mask if mask is None else F.pad(mask, (0, queries.shape[1]), value=True)
             hidden = torch.cat([hidden, self.language(queries, positions, mask, cache)[1]], 1)
-        edges = torch.tensor([[prompt.starts, prompt.ends] for prompt in batch], dtype=torch.long)
-        starts, ends = (edges + torch.tensor(pad)[:, None, None]).to(hidden.device).unbind(1)
         return hidden, mask, starts, ends
 
     def prefill(self, batch, references, cache):
         """Run Prompts with their references' features through the language model, which leaves their keys and
         values in `cache`. Returns its last states and its penultimate ones, both [B, L, D], positions
         [3, B, L], and mask [B, L], or None where nothing is padded."""
-        device, length = self.metaquery.device, max(len(prompt.ids) for prompt in batch)
-        pad = [length - len(prompt.ids) for prompt in batch]  # on the left
+        device, longest = self.metaquery.device, max(batch, key=lambda prompt: len(prompt.ids))
+        pad = [len(longest.ids) - len(prompt.ids) for prompt in batch]  # on the left
         filler = self.tokenizer.token_to_id("<|endoftext|>")
         ids = torch.tensor([[filler] * n + prompt.ids for n, prompt in zip(pad, batch)], device=device)
-        positions = torch.stack([F.pad(prompt.positions, (n, 0)) for n, prompt in zip(pad, batch)], 1)
-        positions, mask = positions.to(device), None
-        if any(pad):
-            mask = torch.arange(length, device=device) >= torch.tensor(pad, device=device)[:, None]
+        place = torch.arange(len(longest.ids)) - torch.tensor(pad)[:, None]  # [B, L], in the prompt
+        # The references are the same in all, so the others' positions are how the longest one's begin.
+        positions = longest.positions[:, place.clamp(min=0)].to(device)
+        mask = (place >= 0).to(device) if any(pad) else None
         embeds, deepstack, where = self.mm_encoder.model.language_model.embed_tokens(ids), None, None
         if references:
             pads = [self.tokenizer.token_to_id(name) for name in ("<|image_pad|>", "<|video_pad|>")]
@@ -576,12 +571,13 @@ class MultiModalEncoder(nn.Module):
         """Condition for the MMDiT. With `vae_branch` off the references reach the VLM only (image
         reconstruction, appendix B)."""
         hidden, mask, starts, ends = self.read(prompts, references)
-        rows, boundaries = torch.arange(hidden.shape[0], device=hidden.device), []
+        rows, latents, boundaries = torch.arange(len(prompts), device=hidden.device)[:, None], [], []
         weights = self.connector.mlp[0].weight.dtype
-        for k in range(len(references) if vae_branch and self.boundary_tokens else 0):
-            pair = torch.stack([hidden[rows, starts[:, k]], hidden[rows, ends[:, k]]])
-            boundaries.append(tuple(self.connector_vae_branch(pair.to(weights))))
-        latents = [r.latents.expand(len(prompts), -1, -1, -1, -1) for r in references] if vae_branch else []
+        if references and vae_branch:
+            latents = [r.latents.expand(len(prompts), -1, -1, -1, -1) for r in references]
+            if self.boundary_tokens:
+                edges = torch.stack([hidden[rows, starts], hidden[rows, ends]], 2).to(weights)  # [B, R, 2, D]
+                boundaries = [pair.unbind(1) for pair in self.connector_vae_branch(edges).unbind(1)]
         return Condition(self.connector(hidden.to(weights)), mask, latents, boundaries)
 
     @torch.no_grad()
