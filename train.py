@@ -725,12 +725,12 @@ KL = 3e-5  # weight of the posterior's distance to the normal distribution, agai
 
 def draw_noise(keys, shape):
     """Uniform times [B] and noise [B, *shape]: for each sample from a generator of its own."""
-    times, noises = [], []
-    for key in keys:
-        generator = torch.Generator().manual_seed(chance(*key, "noise").getrandbits(63))
-        times.append(torch.rand((), generator=generator))
-        noises.append(torch.randn(shape, generator=generator))
-    return torch.stack(times), torch.stack(noises)
+    times, noises, generator = torch.empty(len(keys)), torch.empty(len(keys), *shape), torch.Generator()
+    for key, time, noise in zip(keys, times, noises):
+        generator.manual_seed(chance(*key, "noise").getrandbits(63))
+        time.uniform_(generator=generator)
+        noise.normal_(generator=generator)
+    return times, noises
 
 
 class NativeText(nn.Module):
@@ -1180,7 +1180,7 @@ class Trainer:
     def update_ema(self):
         if self.ema:
             averages = [local(average) for average in self.ema.values()]
-            current = [local(p.detach()).to(averages[0].device) for p in self.parameters.values()]
+            current = [local(p).to(averages[0].device) for p in self.parameters.values()]
             torch._foreach_lerp_(averages, current, 1 - self.stage.ema)
 
     def report(self, broken):

@@ -687,20 +687,21 @@ def rope_3d(positions, axes_dim, theta):
     """Rotation of every token: angles position * theta**(-2i/d), with a share d of the head for each axis.
 
     Args: positions [L, 3]; axes_dim: three even numbers that add up to the head's size.
-    Returns: (cos, sin), each [L, 1, head / 2]."""
+    Returns: (cos, sin), [L, 1, head / 2, 1] and [L, 1, head / 2, 2] with the signs that `rotate` needs."""
     angles = []
     for position, dim in zip(positions.unbind(-1), axes_dim, strict=True):
         frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
         angles.append(position[:, None].float() * frequencies)
-    angles = torch.cat(angles, -1)[:, None]
-    return angles.cos(), angles.sin()
+    angles = torch.cat(angles, -1)[:, None, :, None]
+    return angles.cos(), torch.cat([-angles.sin(), angles.sin()], -1)
 
 
 def rotate(x, rope):
-    """Turn neighbouring pairs of channels, x [B, L, heads, head], by the angles of `rope_3d`."""
+    """Turn neighbouring pairs of channels, x [B, L, heads, head], by the angles of `rope_3d`: (a, b) becomes
+    (a cos - b sin, b cos + a sin)."""
     cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    return (pairs * cos).addcmul_(pairs.flip(-1), sin).flatten(-2).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
