@@ -1005,7 +1005,7 @@ BAD = {
     "--prompt x --out a.jpg": "text to image goes to a folder or a .png",
     "--prompt x --out a.png --frames 9": "text to video goes to a folder or a .mp4 or .gif",
     "--prompt x --out none/a.png": "No such file or directory: 'none/a.png",
-    "--prompt x --config text": "line 1: not JSON",
+    "--prompt x --config text": "text is not JSON, or is cut short (Expecting value: line 1 ",
     "--prompt x --config unknown.json": "no field 'text.size'",
     "--prompt x --weights missing": "missing does not exist",
     "--prompt x --weights hub": "cannot download Qwen/Qwen3-VL-4B-Instruct: no network",

@@ -57,8 +57,8 @@ from transformers import DynamicCache
 
 from vino import (
     REWRITE_PROMPT, SYSTEM_PROMPT, Condition, Config, EncodedReference, InputError, MMDiT, Modulation,
-    Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, flow_loss, letterbox, normalize, override,
-    patchify, read_frames, read_image, read_json, sample, to_frames, video_size, vlm_size,
+    Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, fit_clip, flow_loss, letterbox, normalize,
+    override, patchify, read_frames, read_image, read_json, sample, to_frames, vlm_size,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -708,11 +708,7 @@ def fit(frames, area, framed):
     reference image if it has to lie on one (`framed`), else like a reference video."""
     if framed:
         return to_frames([letterbox(Image.fromarray(frame), area) for frame in frames])
-    size = video_size(frames.shape[2], frames.shape[1], area)
-    if min(size) < 16:
-        raise InputError(f"{frames.shape[2]} x {frames.shape[1]} is too narrow for frames of {area} pixels")
-    frames = bicubic(to_frames(frames).float(), size).round().clamp(0, 255).to(torch.uint8)
-    return frames[..., : frames.shape[2] // 16 * 16, : frames.shape[3] // 16 * 16]
+    return fit_clip(frames, area)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -829,18 +825,20 @@ class Objective(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 
+KERNELS = [  # of attention
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+]
+
+
 def checkpointed(block, *inputs):
     """A block's forward that keeps its inputs and what its attention gives, and computes all else again for
     the backward. Attention is most of a long sequence's work, and its result little of the memory."""
-    forward = partial(type(block).forward, block)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=keep_attention)
-
-
-def keep_attention():
-    """Contexts of a checkpoint that saves the results of attention's kernels."""
-    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
-    return create_selective_checkpoint_contexts(kept)
+    forward, keep = (
+        partial(type(block).forward, block),
+        partial(create_selective_checkpoint_contexts, KERNELS),
+    )
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=keep)
 
 
 def rank():

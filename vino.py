@@ -176,14 +176,7 @@ class Config:
     @classmethod
     def from_file(cls, path):
         """Like `from_dict`, from a JSON file."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except OSError as error:
-            raise InputError(f"cannot read the config {path}: {error.strerror}") from error
-        except json.JSONDecodeError as error:
-            raise InputError(f"config {path}, line {error.lineno}: not JSON ({error.msg})") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"config {path} is not text") from error
+        return cls.from_dict(read_json(path))
 
 
 def override(node, overrides, prefix):
@@ -306,6 +299,17 @@ def bicubic_uint8(frames, size):
     return x
 
 
+def fit_clip(clip, area=None):
+    """A clip uint8 [T, H, W, 3], scaled to `area` pixels, if given, at its own aspect ratio, and cropped at
+    bottom and right to multiples of 16 -> [T, 3, h, w] in 0..255."""
+    height, width = clip.shape[1:3]
+    h, w = video_size(width, height, area) if area else (height, width)
+    if min(h, w) < 16:
+        raise InputError(f"a frame of {width} x {height} is too narrow: one side gets less than 16 pixels")
+    frames = bicubic(to_frames(clip), (h, w)).round().clamp(0, 255)
+    return frames[..., : h // 16 * 16, : w // 16 * 16]
+
+
 def normalize(frames):
     """[T, 3, H, W] in 0..255 -> [1, 3, T, H, W] in [-1, 1]."""
     return frames.transpose(0, 1)[None].float() / 127.5 - 1
@@ -354,12 +358,7 @@ class Reference:
         length, height, width = clip.shape[:3]
         if length < 5:
             raise InputError(f"the video has {length} frame(s), and the VAE needs at least 5")
-        first = to_frames(clip[: (min(frames, length) - 1) // 4 * 4 + 1])
-        if area:
-            first = bicubic(first, video_size(width, height, area)).round().clamp(0, 255)
-        first = first[..., : first.shape[2] // 16 * 16, : first.shape[3] // 16 * 16]
-        if 0 in first.shape:
-            raise InputError(f"the video ({width} x {height}) is too narrow: a side is below 16 pixels")
+        first = fit_clip(clip[: (min(frames, length) - 1) // 4 * 4 + 1], area)
         spread = torch.linspace(0, length - 1, config.video_frames).round().long()
         size, rule = vlm_size(height, width, *config.video_resize[0]), config.video_resize[1]
         seen = bicubic(to_frames(clip[spread]), size).round().clamp(0, 255)
@@ -1550,15 +1549,13 @@ class Offload:
 def random_tensors(expected, device, dtype):
     """A stream for `Vino.fill`: matrices and kernels that keep the variance, norms of one, small biases."""
     generator = torch.Generator(device).manual_seed(0)
-
-    def draw(shape, mean, std):
-        return mean + std * torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
     for name, tensor in expected.items():
+        x = torch.randn(tensor.shape, generator=generator, device=device, dtype=dtype)
         if tensor.dim() > 1:
-            yield name, partial(draw, tensor.shape, 0.0, math.prod(tensor.shape[1:]) ** -0.5)
+            x *= math.prod(tensor.shape[1:]) ** -0.5
         else:
-            yield name, partial(draw, tensor.shape, float(name.endswith("weight")), 0.02)
+            x = float(name.endswith("weight")) + 0.02 * x
+        yield name, lambda x=x: x
 
 
 def existing(path):
@@ -1594,9 +1591,11 @@ def read_frames(path):
 
 
 def read_json(path):
-    text = existing(path).read_bytes()
+    path = existing(path)
     try:
-        return json.loads(text)
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON, or is cut short ({error})") from error
 
