@@ -505,15 +505,18 @@ class ToyWorld(Source):
         canvas = ground.repeat(1, 1, frames, size, size)
         time = torch.linspace(0, 1, frames, device=device)[:, None, None]
         pixel = torch.arange(size, device=device) + 0.5
-        items = [(b, item) for b, scene in enumerate(scenes) for item in scene.objects]
-        for shape, edge in SHAPES.items():
-            rows = [[b, *COLORS[i.color], *trace(i, 0), *trace(i, 1)] for b, i in items if i.shape == shape]
-            rows = torch.tensor(rows, dtype=torch.float32).to(device, non_blocking=True)
-            index, color, start, end = rows.view(-1, 10, 1, 1, 1).split([1, 3, 3, 3], dim=1)
-            index = index.flatten().long()  # [N] of one shape
-            x, y, r = (torch.lerp(start, end, time) * size / 64).unbind(1)  # each [N, T, 1, 1]
-            coverage = (0.5 - edge((pixel - x).abs(), pixel[:, None] - y, r)).clamp(0, 1)  # [N, T, H, W]
-            canvas.index_add_(0, index, coverage[:, None] * (color - ground[index]))
+        rows = {shape: [] for shape in SHAPES}
+        for b, scene in enumerate(scenes):
+            for item in scene.objects:
+                rows[item.shape].append([b, *COLORS[item.color], *trace(item, 0), *trace(item, 1)])
+        table = torch.tensor([*chain(*rows.values())], dtype=torch.float32).to(device, non_blocking=True)
+        index, color, start, end = table.view(-1, 10, 1, 1, 1).split([1, 3, 3, 3], dim=1)
+        places = (torch.lerp(start, end, time) * size / 64).split([*map(len, rows.values())])
+        index, coverage = index.flatten().long(), []
+        for edge, place in zip(SHAPES.values(), places):
+            x, y, r = place.unbind(1)  # each [N, T, 1, 1]
+            coverage.append((0.5 - edge((pixel - x).abs(), pixel[:, None] - y, r)).clamp(0, 1))
+        canvas.index_add_(0, index, torch.cat(coverage)[:, None] * (color - ground[index]))
         return canvas / 127.5 - 1
 
 
@@ -782,10 +785,10 @@ class Objective(nn.Module):
         for text, answer in zip(batch.prompts, answers):
             prompt = build_prompt(vlm.tokenizer, text, references, vlm.merge)
             prompts.append(replace(prompt, ids=prompt.ids + answer))
-        most, device = max(map(len, answers)), batch.target.device
+        most = max(map(len, answers))
         last = vlm.prefill(prompts, references, DynamicCache())[0][:, -most - 1 : -1]
-        ignored = [[-100] * (most - len(answer)) + answer for answer in answers]  # padding and prompt
-        wanted = torch.tensor(ignored).to(device)
+        wanted = [[-100] * (most - len(answer)) + answer for answer in answers]  # -100: padding and prompt
+        wanted = torch.tensor(wanted, device=last.device)
         losses = F.cross_entropy(vlm.mm_encoder.lm_head(last).mT.float(), wanted, reduction="none")
         return losses.sum(1) / (wanted >= 0).sum(1)
 
@@ -834,10 +837,8 @@ KERNELS = [  # of attention
 def checkpointed(block, *inputs):
     """A block's forward that keeps its inputs and what its attention gives, and computes all else again for
     the backward. Attention is most of a long sequence's work, and its result little of the memory."""
-    forward, keep = (
-        partial(type(block).forward, block),
-        partial(create_selective_checkpoint_contexts, KERNELS),
-    )
+    forward = partial(type(block).forward, block)
+    keep = partial(create_selective_checkpoint_contexts, KERNELS)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=keep)
 
 
@@ -1327,10 +1328,12 @@ def start_device(dtype):
 
 
 def default_weights(stage, out):
-    """The export of the stage before, beside `out`; else the repository's tiny weights."""
-    earlier = [*STAGES][: [*STAGES].index(stage)][-1:]
-    paths = [out.parent / f"stage{name}" / "final.safetensors" for name in earlier]
-    return next((path for path in paths if path.exists()), TINY) if earlier else "random"
+    """The export of the stage before, beside `out`, else the tiny weights; the first stage starts from none."""
+    if stage == "0-vae":
+        return "random"
+    before = [*STAGES][[*STAGES].index(stage) - 1]
+    export = out.parent / f"stage{before}" / "final.safetensors"
+    return export if export.exists() else TINY
 
 
 def build(args, weights, device, dtype):

@@ -751,8 +751,7 @@ class Embedder(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 
-def gelu(x):
-    return F.gelu(x, approximate="tanh")
+gelu = partial(F.gelu, approximate="tanh")
 
 
 class FeedForward(nn.Module):
@@ -922,14 +921,15 @@ class MMDiT(nn.Module):
         Args: the branches' Conditions, of one batch size; the shape (T, H, W) of the target's latents. A Crew
         of several processes takes one branch."""
         crew, config, embed = crew or Crew(), self.config, self.x_embedder["proj"]
+        grid, dtype = [n // size for n, size in zip(shape, self.patch)], embed.weight.dtype
         fixed, text, positions, masks = [], [], [], []
         for condition in conditions:
-            tokens, mask = condition.tokens.to(embed.weight.dtype), condition.mask
-            blank = tokens.new_zeros(len(tokens), config.in_channels, *shape)  # each step has its own target
-            *references, target = [embed(x.to(tokens.dtype)) for x in (*condition.references, blank)]
-            packed, where = pack(references, condition.boundaries, target)
-            fixed.append(packed[:, : -target[0, 0].numel()].clone())  # a view would keep all of it
-            text.append((*self.context_embedder.embed(tokens, mask), mask))
+            mask, references = condition.mask, [embed(latents.to(dtype)) for latents in condition.references]
+            tokens, pooled = self.context_embedder.embed(condition.tokens.to(dtype), mask)
+            blank = tokens.new_zeros(len(tokens), config.width, *grid)  # each step has its own target
+            packed, where = pack(references, condition.boundaries, blank)
+            fixed.append(packed[:, : -math.prod(grid)].clone())  # a view would keep all of it
+            text.append((tokens, pooled, mask))
             # Text is not rotated: position 0 on every axis is the rotation by nothing.
             positions += [where, where.new_zeros(tokens.shape[1], 3)]
             if mask is not None:  # every visual token is seen
