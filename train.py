@@ -117,8 +117,8 @@ def make_stage(number, config, arguments):
     stage = replace(STAGES[number], mixture=MIXTURES[number])
     check_known("config field", [f"training.{n}" for n in config.training], [f"training.{n}" for n in STAGES])
     override(stage, config.training.get(number, {}), f"training.{number}.")
-    given = {f.name: arguments.get(f.name) for f in fields(Stage)}
-    override(stage, {name: value for name, value in given.items() if value is not None}, "--")
+    given = {f.name: arguments[f.name] for f in fields(Stage) if arguments.get(f.name) is not None}
+    override(stage, given, "--")
     check_known("task", stage.mixture, TASKS)
     check_known("module", stage.trainable, MODULES)
     shares = [*stage.mixture.values()]
@@ -1328,7 +1328,7 @@ def start_device(dtype):
 
 
 def default_weights(stage, out):
-    """The export of the stage before, beside `out`, else the tiny weights; the first stage starts from none."""
+    """The export of the stage before, beside `out`, else the tiny weights; the first stage starts anew."""
     if stage == "0-vae":
         return "random"
     before = [*STAGES][[*STAGES].index(stage) - 1]

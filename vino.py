@@ -392,7 +392,7 @@ class Prompt:
     """Figure 4's template, filled in and tokenised."""
 
     ids: list  # L token ids
-    head: Tensor  # M-RoPE positions of what stands before the text
+    head: Tensor  # [3, H]: positions of what stands before the text
     starts: list  # for each reference, the index of its (first) start token
     ends: list  # and of its (last) end token
 
@@ -968,8 +968,8 @@ class MMDiT(nn.Module):
         return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
 
     def flops(self, context):
-        """Operations of this process in a forward: a token takes 2 for each weight of the blocks, and 4 D for
-        each token that it attends to."""
+        """Operations of one process of the crew in a forward: a token takes 2 for each weight of the blocks,
+        and 4 D for each token that it attends to."""
         config, total = self.config, 0
         weights = (4 + 2 * config.mlp_ratio) * config.width**2  # of one stream, in blocks of all three kinds
         depth = config.num_layers + config.num_single_layers
@@ -1004,7 +1004,7 @@ class Context:
         return self.crew.own(visual), self.crew.own(joined(texts))
 
     def targets(self, x):
-        """The target's part of our share of the visual stream, in each branch."""
+        """The target's tokens in each branch, from our share of the visual stream; others' are zero."""
         branches = self.crew.alone(x, sum(self.visual)).split(self.visual, 1)
         return [branch[:, fixed.shape[1] :] for branch, fixed in zip(branches, self.fixed)]
 
