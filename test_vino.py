@@ -358,7 +358,7 @@ def test_small_branches_run_together_and_large_ones_one_after_the_other(tiny, ph
     monkeypatch.setattr(tiny.transformer, "forward", lambda *inputs: forwards.append(1) or forward(*inputs))
     together = tiny.generate(["x"], [photo], **settings)
     assert len(forwards) == 2
-    monkeypatch.setattr(MMDiT, "TOGETHER", 119)  # the image and its reference have 120 patches
+    monkeypatch.setattr(vino, "TOGETHER", 119)  # the image and its reference have 120 patches
     assert relative_error(tiny.generate(["x"], [photo], **settings), together) < 1e-5
     assert len(forwards) == 2 + 3 * 2
 
@@ -408,7 +408,7 @@ def test_answers_are_greedy_and_the_same_alone_and_in_a_batch(tiny, photo):
     prompt = build_prompt(encoder.tokenizer, prompts[0], references, encoder.merge)
     for _ in range(6):  # without a cache
         last = encoder.prefill([prompt], references, DynamicCache())[0][:, -1]
-        prompt = vino.continued(prompt, encoder.mm_encoder.lm_head(last).argmax(-1).tolist())
+        prompt = replace(prompt, ids=prompt.ids + encoder.mm_encoder.lm_head(last).argmax(-1).tolist())
     assert encoder.tokenizer.decode(prompt.ids[-6:], skip_special_tokens=True).strip() == answers[0]
 
 
@@ -601,8 +601,8 @@ def one_of_two(rank, folder, photo, clip, port):
     os.environ |= address | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
     torch.distributed.init_process_group("gloo")
     model = with_odd_lengths()
-    forward, seen = model.transformer.forward, []
-    model.transformer.forward = lambda x, t, context: seen.append(context.visual) or forward(x, t, context)
+    forward, seen = model.transformer.forward, []  # each process's visual tokens
+    model.transformer.forward = lambda *inputs: seen.append(inputs[2].lengths()[::2]) or forward(*inputs)
     pixels = [*generated(model, photo, clip, torch.distributed.group.WORLD)]
     # Two branches, each on one process; then three, of 115 visual tokens or without the image 98, on both.
     assert seen == [[15]] * 2 + [[58 - rank], [58 - rank], [49]] * 2
@@ -1054,7 +1054,7 @@ BAD = {
     "--prompt x --out a.jpg": "text to image goes to a folder or a .png",
     "--prompt x --out a.png --frames 9": "text to video goes to a folder or a .mp4 or .gif",
     "--prompt x --out none/a.png": "No such file or directory: 'none/a.png",
-    "--prompt x --config text": "line 1: not JSON",
+    "--prompt x --config text": "text is not JSON, or is cut short (Expecting value: line 1 ",
     "--prompt x --config unknown.json": "no field 'text.size'",
     "--prompt x --weights missing": "missing does not exist",
     "--prompt x --weights hub": "cannot download Qwen/Qwen3-VL-4B-Instruct: no network",
@@ -1426,7 +1426,8 @@ def test_the_answers_loss_is_next_token_cross_entropy_whatever_the_padding(confi
     references = [objective.vino.encode(reference) for reference in batch.references]
     prompt = build_prompt(vlm.tokenizer, batch.prompts[0], references, vlm.merge)
     answer = [*vlm.tokenizer.encode(batch.answers[0]).ids, vlm.tokenizer.token_to_id("<|im_end|>")]
-    states = vlm.prefill([vino.continued(prompt, answer)], references, DynamicCache())[0][0]
+    answered = replace(prompt, ids=prompt.ids + answer)
+    states = vlm.prefill([answered], references, DynamicCache())[0][0]
     states = states[len(prompt.ids) - 1 : -1]
     expected = torch.nn.functional.cross_entropy(vlm.mm_encoder.lm_head(states), torch.tensor(answer))
     assert torch.allclose(together[0], expected, rtol=1e-4)

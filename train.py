@@ -57,8 +57,8 @@ from transformers import DynamicCache
 
 from vino import (
     REWRITE_PROMPT, SYSTEM_PROMPT, Condition, Config, EncodedReference, InputError, MMDiT, Modulation,
-    Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, continued, flow_loss, letterbox, normalize,
-    override, patchify, read_frames, read_image, read_json, sample, to_frames, video_size, vlm_size,
+    Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, fit_clip, flow_loss, letterbox, normalize,
+    override, patchify, read_frames, read_image, read_json, sample, to_frames, vlm_size,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -117,8 +117,8 @@ def make_stage(number, config, arguments):
     stage = replace(STAGES[number], mixture=MIXTURES[number])
     check_known("config field", [f"training.{n}" for n in config.training], [f"training.{n}" for n in STAGES])
     override(stage, config.training.get(number, {}), f"training.{number}.")
-    given = {f.name: arguments.get(f.name) for f in fields(Stage)}
-    override(stage, {name: value for name, value in given.items() if value is not None}, "--")
+    given = {f.name: arguments[f.name] for f in fields(Stage) if arguments.get(f.name) is not None}
+    override(stage, given, "--")
     check_known("task", stage.mixture, TASKS)
     check_known("module", stage.trainable, MODULES)
     shares = [*stage.mixture.values()]
@@ -505,15 +505,18 @@ class ToyWorld(Source):
         canvas = ground.repeat(1, 1, frames, size, size)
         time = torch.linspace(0, 1, frames, device=device)[:, None, None]
         pixel = torch.arange(size, device=device) + 0.5
-        items = [(b, item) for b, scene in enumerate(scenes) for item in scene.objects]
-        for shape, edge in SHAPES.items():
-            rows = [[b, *COLORS[i.color], *trace(i, 0), *trace(i, 1)] for b, i in items if i.shape == shape]
-            rows = torch.tensor(rows, dtype=torch.float32).to(device, non_blocking=True)
-            index, color, start, end = rows.view(-1, 10, 1, 1, 1).split([1, 3, 3, 3], dim=1)
-            index = index.flatten().long()  # [N] of one shape
-            x, y, r = (torch.lerp(start, end, time) * size / 64).unbind(1)  # each [N, T, 1, 1]
-            coverage = (0.5 - edge((pixel - x).abs(), pixel[:, None] - y, r)).clamp(0, 1)  # [N, T, H, W]
-            canvas.index_add_(0, index, coverage[:, None] * (color - ground[index]))
+        rows = {shape: [] for shape in SHAPES}
+        for b, scene in enumerate(scenes):
+            for item in scene.objects:
+                rows[item.shape].append([b, *COLORS[item.color], *trace(item, 0), *trace(item, 1)])
+        table = torch.tensor([*chain(*rows.values())], dtype=torch.float32).to(device, non_blocking=True)
+        index, color, start, end = table.view(-1, 10, 1, 1, 1).split([1, 3, 3, 3], dim=1)
+        places = (torch.lerp(start, end, time) * size / 64).split([*map(len, rows.values())])
+        index, coverage = index.flatten().long(), []
+        for edge, place in zip(SHAPES.values(), places):
+            x, y, r = place.unbind(1)  # each [N, T, 1, 1]
+            coverage.append((0.5 - edge((pixel - x).abs(), pixel[:, None] - y, r)).clamp(0, 1))
+        canvas.index_add_(0, index, torch.cat(coverage)[:, None] * (color - ground[index]))
         return canvas / 127.5 - 1
 
 
@@ -708,11 +711,7 @@ def fit(frames, area, framed):
     reference image if it has to lie on one (`framed`), else like a reference video."""
     if framed:
         return to_frames([letterbox(Image.fromarray(frame), area) for frame in frames])
-    size = video_size(frames.shape[2], frames.shape[1], area)
-    if min(size) < 16:
-        raise InputError(f"{frames.shape[2]} x {frames.shape[1]} is too narrow for frames of {area} pixels")
-    frames = bicubic(to_frames(frames).float(), size).round().clamp(0, 255).to(torch.uint8)
-    return frames[..., : frames.shape[2] // 16 * 16, : frames.shape[3] // 16 * 16]
+    return fit_clip(frames, area)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -725,12 +724,12 @@ KL = 3e-5  # weight of the posterior's distance to the normal distribution, agai
 
 def draw_noise(keys, shape):
     """Uniform times [B] and noise [B, *shape]: for each sample from a generator of its own."""
-    times, noises = [], []
-    for key in keys:
-        generator = torch.Generator().manual_seed(chance(*key, "noise").getrandbits(63))
-        times.append(torch.rand((), generator=generator))
-        noises.append(torch.randn(shape, generator=generator))
-    return torch.stack(times), torch.stack(noises)
+    times, noises, generator = torch.empty(len(keys)), torch.empty(len(keys), *shape), torch.Generator()
+    for key, time, noise in zip(keys, times, noises):
+        generator.manual_seed(chance(*key, "noise").getrandbits(63))
+        time.uniform_(generator=generator)
+        noise.normal_(generator=generator)
+    return times, noises
 
 
 class NativeText(nn.Module):
@@ -784,11 +783,12 @@ class Objective(nn.Module):
         prompts, end = [], vlm.tokenizer.token_to_id("<|im_end|>")
         answers = [[*vlm.tokenizer.encode(text).ids, end] for text in batch.answers]
         for text, answer in zip(batch.prompts, answers):
-            prompts.append(continued(build_prompt(vlm.tokenizer, text, references, vlm.merge), answer))
-        most, device = max(map(len, answers)), batch.target.device
+            prompt = build_prompt(vlm.tokenizer, text, references, vlm.merge)
+            prompts.append(replace(prompt, ids=prompt.ids + answer))
+        most = max(map(len, answers))
         last = vlm.prefill(prompts, references, DynamicCache())[0][:, -most - 1 : -1]
-        ignored = [[-100] * (most - len(answer)) + answer for answer in answers]  # padding and prompt
-        wanted = torch.tensor(ignored).to(device)
+        wanted = [[-100] * (most - len(answer)) + answer for answer in answers]  # -100: padding and prompt
+        wanted = torch.tensor(wanted, device=last.device)
         losses = F.cross_entropy(vlm.mm_encoder.lm_head(last).mT.float(), wanted, reduction="none")
         return losses.sum(1) / (wanted >= 0).sum(1)
 
@@ -828,18 +828,18 @@ class Objective(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 
 
+KERNELS = [  # of attention
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+]
+
+
 def checkpointed(block, *inputs):
     """A block's forward that keeps its inputs and what its attention gives, and computes all else again for
     the backward. Attention is most of a long sequence's work, and its result little of the memory."""
     forward = partial(type(block).forward, block)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=keep_attention)
-
-
-def keep_attention():
-    """Contexts of a checkpoint that saves the results of attention's kernels."""
-    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in kinds]
-    return create_selective_checkpoint_contexts(kept)
+    keep = partial(create_selective_checkpoint_contexts, KERNELS)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=keep)
 
 
 def rank():
@@ -1179,7 +1179,7 @@ class Trainer:
     def update_ema(self):
         if self.ema:
             averages = [local(average) for average in self.ema.values()]
-            current = [local(p.detach()).to(averages[0].device) for p in self.parameters.values()]
+            current = [local(p).to(averages[0].device) for p in self.parameters.values()]
             torch._foreach_lerp_(averages, current, 1 - self.stage.ema)
 
     def report(self, broken):
@@ -1328,10 +1328,12 @@ def start_device(dtype):
 
 
 def default_weights(stage, out):
-    """The export of the stage before, beside `out`; else the repository's tiny weights."""
-    earlier = [*STAGES][: [*STAGES].index(stage)][-1:]
-    paths = [out.parent / f"stage{name}" / "final.safetensors" for name in earlier]
-    return next((path for path in paths if path.exists()), TINY) if earlier else "random"
+    """The export of the stage before, beside `out`, else the tiny weights; the first stage starts anew."""
+    if stage == "0-vae":
+        return "random"
+    before = [*STAGES][[*STAGES].index(stage) - 1]
+    export = out.parent / f"stage{before}" / "final.safetensors"
+    return export if export.exists() else TINY
 
 
 def build(args, weights, device, dtype):

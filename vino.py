@@ -18,7 +18,7 @@ import json
 import math
 import pickle
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -177,14 +177,7 @@ class Config:
     @classmethod
     def from_file(cls, path):
         """Like `from_dict`, from a JSON file."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except OSError as error:
-            raise InputError(f"cannot read the config {path}: {error.strerror}") from error
-        except json.JSONDecodeError as error:
-            raise InputError(f"config {path}, line {error.lineno}: not JSON ({error.msg})") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"config {path} is not text") from error
+        return cls.from_dict(read_json(path))
 
 
 def override(node, overrides, prefix):
@@ -307,6 +300,17 @@ def bicubic_uint8(frames, size):
     return x
 
 
+def fit_clip(clip, area=None):
+    """A clip uint8 [T, H, W, 3], scaled to `area` pixels, if given, at its own aspect ratio, and cropped at
+    bottom and right to multiples of 16 -> [T, 3, h, w] in 0..255."""
+    height, width = clip.shape[1:3]
+    h, w = video_size(width, height, area) if area else (height, width)
+    if min(h, w) < 16:
+        raise InputError(f"a frame of {width} x {height} is too narrow: one side gets less than 16 pixels")
+    frames = bicubic(to_frames(clip), (h, w)).round().clamp(0, 255)
+    return frames[..., : h // 16 * 16, : w // 16 * 16]
+
+
 def normalize(frames):
     """[T, 3, H, W] in 0..255 -> [1, 3, T, H, W] in [-1, 1]."""
     return frames.transpose(0, 1)[None].float() / 127.5 - 1
@@ -355,12 +359,7 @@ class Reference:
         length, height, width = clip.shape[:3]
         if length < 5:
             raise InputError(f"the video has {length} frame(s), and the VAE needs at least 5")
-        first = to_frames(clip[: (min(frames, length) - 1) // 4 * 4 + 1])
-        if area:
-            first = bicubic(first, video_size(width, height, area)).round().clamp(0, 255)
-        first = first[..., : first.shape[2] // 16 * 16, : first.shape[3] // 16 * 16]
-        if 0 in first.shape:
-            raise InputError(f"the video ({width} x {height}) is too narrow: a side is below 16 pixels")
+        first = fit_clip(clip[: (min(frames, length) - 1) // 4 * 4 + 1], area)
         spread = torch.linspace(0, length - 1, config.video_frames).round().long()
         size, rule = vlm_size(height, width, *config.video_resize[0]), config.video_resize[1]
         seen = bicubic(to_frames(clip[spread]), size).round().clamp(0, 255)
@@ -394,69 +393,64 @@ class Prompt:
     """Figure 4's template, filled in and tokenised."""
 
     ids: list  # L token ids
-    positions: Tensor  # [3, L]: M-RoPE positions in time, height and width
+    head: Tensor  # [3, H]: positions of what stands before the text
     starts: list  # for each reference, the index of its (first) start token
     ends: list  # and of its (last) end token
+
+    @property
+    def positions(self):
+        """[3, L]: M-RoPE positions in time, height and width. Text counts on all three."""
+        text = self.head.max() + 1 + torch.arange(len(self.ids) - self.head.shape[1])
+        return torch.cat([self.head, text.expand(3, -1)], 1)
+
+
+def plain_ids(tokenizer, text):
+    """Token ids of a text that stays text: a special token spelled in it is not one."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def build_prompt(tokenizer, text, references, merge):
     """Figure 4: system line, images, video, text. `references` need `grid` and `is_video`; `merge` is the
-    VLM's spatial_merge_size. Text stays text: a special token spelled in it is not one."""
-    head, rest = prompt_head(tokenizer, tuple((r.grid, r.is_video) for r in references), merge)
-    tokenizer.encode_special_tokens = True
-    ids = tokenizer.encode(rest + text, add_special_tokens=False).ids
-    im_start, im_end = map(tokenizer.token_to_id, ("<|im_start|>", "<|im_end|>"))
-    newline, answer = (tokenizer.encode(part, add_special_tokens=False).ids for part in ("\n", "assistant\n"))
-    return continued(head, [*ids, im_end, *newline, im_start, *answer])
-
-
-def continued(prompt, ids):
-    """The Prompt with more text behind it."""
-    positions = prompt.positions.max() + 1 + torch.arange(len(ids))
-    positions = torch.cat([prompt.positions, positions.expand(3, -1)], 1)
-    return Prompt(prompt.ids + ids, positions, prompt.starts, prompt.ends)
+    VLM's spatial_merge_size."""
+    head, before, behind = template(tokenizer, tuple((r.grid, r.is_video) for r in references), merge)
+    return replace(head, ids=head.ids + plain_ids(tokenizer, before + text) + behind)
 
 
 @lru_cache(maxsize=64)  # a batch's prompts have it in common
-def prompt_head(tokenizer, references, merge):
-    """What stands before a prompt's own text: a Prompt, and the text between its end and the own one, with
-    which that is tokenised as one. references: (grid, is_video) of each."""
+def template(tokenizer, references, merge):
+    """What stands around a prompt's own text: a Prompt; the text between its end and the own one, with which
+    that is tokenised as one; and the ids behind it. references: (grid, is_video) of each."""
 
-    def special(name, h=1, w=1):
-        return (tokenizer.token_to_id(f"<|{name}|>"), h, w)
+    def special(name, h=1, w=1):  # a token as (id, height, width), of which all but images' are 1 x 1
+        return [(tokenizer.token_to_id(f"<|{name}|>"), h, w)]
+
+    def plain(text):
+        return [(token, 1, 1) for token in plain_ids(tokenizer, text)]
 
     im_start, im_end, start, end = map(special, ("im_start", "im_end", "vision_start", "vision_end"))
-    pieces = [im_start, f"system\n{SYSTEM_PROMPT}", im_end, "\n", im_start]
-    rest = "user\n"
+    head = im_start + plain(f"system\n{SYSTEM_PROMPT}") + im_end + plain("\n") + im_start
+    behind = im_end + plain("\n") + im_start + plain("assistant\n")
+    before, first = "user\n", [0]  # first: how many start tokens stand before each reference
     for number, ((t, h, w), is_video) in enumerate(references, 1):
         h, w = h // merge, w // merge
         if not is_video:
-            pieces += [f"{rest}Image {number}: ", start, special("image_pad", h, w), end]
+            head += plain(f"{before}Image {number}: ") + start + special("image_pad", h, w) + end
         for pair in range(t if is_video else 0):  # two frames each; the release assumes 24 frames a second
-            name = "" if pair else f"{rest}Video 1: "
-            moment = f"{name}<{(2 * pair + 0.5) / 24:.1f} seconds>"
-            pieces += [moment, start, special("video_pad", h, w), end]
-        rest = ""
+            name = "" if pair else f"{before}Video 1: "
+            moment = plain(f"{name}<{(2 * pair + 0.5) / 24:.1f} seconds>")
+            head += moment + start + special("video_pad", h, w) + end
+        before = ""
+        first.append(first[-1] + (t if is_video else 1))
 
     ids, positions, offset = [], [], 0
-    tokenizer.encode_special_tokens = True
-    for piece in pieces:
-        if isinstance(piece, str):
-            tokens = [(token, 1, 1) for token in tokenizer.encode(piece, add_special_tokens=False).ids]
-        else:
-            tokens = [piece]
-        for token, h, w in tokens:  # a plain token is a 1 x 1 image
-            ids += [token] * (h * w)
-            positions += [(offset, offset + row, offset + column) for row in range(h) for column in range(w)]
-            offset += max(h, w)
-
-    starts = [i for i, x in enumerate(ids) if x == start[0]]
-    ends = [i for i, x in enumerate(ids) if x == end[0]]
-    first = [0]  # how many start tokens stand before each reference: a video has one per pair of frames
-    for (t, _, _), is_video in references:
-        first.append(first[-1] + (t if is_video else 1))
+    for token, h, w in head:
+        ids += [token] * (h * w)
+        positions += [(offset, offset + row, offset + column) for row in range(h) for column in range(w)]
+        offset += max(h, w)
+    starts, ends = ([i for i, x in enumerate(ids) if x == edge[0][0]] for edge in (start, end))
     starts, ends = [starts[i] for i in first[:-1]], [ends[i - 1] for i in first[1:]]
-    return Prompt(ids, torch.tensor(positions).T, starts, ends), rest
+    return Prompt(ids, torch.tensor(positions).T, starts, ends), before, [token for token, _, _ in behind]
 
 
 def attention_kernels():
@@ -519,29 +513,29 @@ class MultiModalEncoder(nn.Module):
         cache = DynamicCache()
         with torch.no_grad():
             hidden, positions, mask = self.prefill(batch, references, cache)[1:]
-        pad = [hidden.shape[1] - len(prompt.ids) for prompt in batch]
+        pad = torch.tensor([[hidden.shape[1] - len(prompt.ids)] for prompt in batch])
+        edges = torch.tensor([batch[0].starts, batch[0].ends], dtype=torch.long)[:, None]  # alike in all
+        starts, ends = (edges + pad).to(hidden.device)
         queries = self.metaquery.to(hidden.dtype).expand(len(batch), -1, -1)
         # The release starts the queries' positions at the last prompt token's, not one after it.
         positions = positions[:, :, -1:] + torch.arange(queries.shape[1], device=hidden.device)
         if queries.shape[1]:
             mask = mask if mask is None else F.pad(mask, (0, queries.shape[1]), value=True)
             hidden = torch.cat([hidden, self.language(queries, positions, mask, cache)[1]], 1)
-        edges = torch.tensor([[prompt.starts, prompt.ends] for prompt in batch], dtype=torch.long)
-        starts, ends = (edges + torch.tensor(pad)[:, None, None]).to(hidden.device).unbind(1)
         return hidden, mask, starts, ends
 
     def prefill(self, batch, references, cache):
         """Run Prompts with their references' features through the language model, which leaves their keys and
         values in `cache`. Returns its last states and its penultimate ones, both [B, L, D], positions
         [3, B, L], and mask [B, L], or None where nothing is padded."""
-        device, length = self.metaquery.device, max(len(prompt.ids) for prompt in batch)
-        pad = [length - len(prompt.ids) for prompt in batch]  # on the left
+        device, longest = self.metaquery.device, max(batch, key=lambda prompt: len(prompt.ids))
+        pad = [len(longest.ids) - len(prompt.ids) for prompt in batch]  # on the left
         filler = self.tokenizer.token_to_id("<|endoftext|>")
         ids = torch.tensor([[filler] * n + prompt.ids for n, prompt in zip(pad, batch)], device=device)
-        positions = torch.stack([F.pad(prompt.positions, (n, 0)) for n, prompt in zip(pad, batch)], 1)
-        positions, mask = positions.to(device), None
-        if any(pad):
-            mask = torch.arange(length, device=device) >= torch.tensor(pad, device=device)[:, None]
+        place = torch.arange(len(longest.ids)) - torch.tensor(pad)[:, None]  # [B, L], in the prompt
+        # The references are the same in all, so the others' positions are how the longest one's begin.
+        positions = longest.positions[:, place.clamp(min=0)].to(device)
+        mask = (place >= 0).to(device) if any(pad) else None
         embeds, deepstack, where = self.mm_encoder.model.language_model.embed_tokens(ids), None, None
         if references:
             pads = [self.tokenizer.token_to_id(name) for name in ("<|image_pad|>", "<|video_pad|>")]
@@ -577,12 +571,13 @@ class MultiModalEncoder(nn.Module):
         """Condition for the MMDiT. With `vae_branch` off the references reach the VLM only (image
         reconstruction, appendix B)."""
         hidden, mask, starts, ends = self.read(prompts, references)
-        rows, boundaries = torch.arange(hidden.shape[0], device=hidden.device), []
+        rows, latents, boundaries = torch.arange(len(prompts), device=hidden.device)[:, None], [], []
         weights = self.connector.mlp[0].weight.dtype
-        for k in range(len(references) if vae_branch and self.boundary_tokens else 0):
-            pair = torch.stack([hidden[rows, starts[:, k]], hidden[rows, ends[:, k]]])
-            boundaries.append(tuple(self.connector_vae_branch(pair.to(weights))))
-        latents = [r.latents.expand(len(prompts), -1, -1, -1, -1) for r in references] if vae_branch else []
+        if references and vae_branch:
+            latents = [r.latents.expand(len(prompts), -1, -1, -1, -1) for r in references]
+            if self.boundary_tokens:
+                edges = torch.stack([hidden[rows, starts], hidden[rows, ends]], 2).to(weights)  # [B, R, 2, D]
+                boundaries = [pair.unbind(1) for pair in self.connector_vae_branch(edges).unbind(1)]
         return Condition(self.connector(hidden.to(weights)), mask, latents, boundaries)
 
     @torch.no_grad()
@@ -692,20 +687,21 @@ def rope_3d(positions, axes_dim, theta):
     """Rotation of every token: angles position * theta**(-2i/d), with a share d of the head for each axis.
 
     Args: positions [L, 3]; axes_dim: three even numbers that add up to the head's size.
-    Returns: (cos, sin), each [L, 1, head / 2]."""
+    Returns: (cos, sin), [L, 1, head / 2, 1] and [L, 1, head / 2, 2] with the signs that `rotate` needs."""
     angles = []
     for position, dim in zip(positions.unbind(-1), axes_dim, strict=True):
         frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
         angles.append(position[:, None].float() * frequencies)
-    angles = torch.cat(angles, -1)[:, None]
-    return angles.cos(), angles.sin()
+    angles = torch.cat(angles, -1)[:, None, :, None]
+    return angles.cos(), torch.cat([-angles.sin(), angles.sin()], -1)
 
 
 def rotate(x, rope):
-    """Turn neighbouring pairs of channels, x [B, L, heads, head], by the angles of `rope_3d`."""
+    """Turn neighbouring pairs of channels, x [B, L, heads, head], by the angles of `rope_3d`: (a, b) becomes
+    (a cos - b sin, b cos + a sin)."""
     cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    return (pairs * cos).addcmul_(pairs.flip(-1), sin).flatten(-2).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -718,96 +714,6 @@ def attend(q, k, v, mask=None):
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     with attention_kernels():
         return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-
-
-def joined(parts):
-    """Pieces [B, L, ...] one behind the other. torch.cat alone would copy even a single one."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-@dataclass
-class Crew:
-    """Processes that run a guidance branch together ("Ulysses"), each with a share of its tokens. In
-    attention, where tokens meet, each has all tokens instead, and a share of the heads. Their number must
-    divide the number of heads. A process by itself is a crew, too."""
-
-    group: dist.ProcessGroup | None = None
-    size: int = 1
-    rank: int = 0
-
-    def own(self, x, dim=1):
-        """A copy of this process's share of x: for a view torch.compile would make another graph."""
-        return x.tensor_split(self.size, dim)[self.rank].clone()
-
-    def joint(self, visual, text):
-        """[B, Lv, ...] and [B, Lt, ...] in the order of `attend`: visual tokens and text of each process."""
-        shares = zip(visual.tensor_split(self.size, 1), text.tensor_split(self.size, 1))
-        return [torch.cat(pair, 1) for pair in shares]
-
-    def alone(self, x, length):
-        """This process's share among those of the others, which are zero: [B, own, D] -> [B, length, D]."""
-        before = sum(share.numel() for share in torch.arange(length).tensor_split(self.size)[: self.rank])
-        return F.pad(x, (0, 0, before, length - before - x.shape[1]))
-
-    @torch.compiler.disable  # a compiled block is cut in two here
-    def attend(self, q, k, v, mask, lengths):
-        """Attention over everyone's tokens, q, k, v [B, own, heads, head] -> [B, own, D]. lengths: the number
-        of tokens of each process."""
-        own = [lengths[self.rank]] * self.size
-        x = torch.cat([q, k, v]).unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4).contiguous()
-        tokens = x.new_empty(sum(lengths), *x.shape[2:])  # [L, 3 B, heads / size, head]
-        dist.all_to_all_single(tokens, x.flatten(0, 1), lengths, own, self.group)
-        x = attend(*tokens.transpose(0, 1).chunk(3), mask).transpose(0, 1).contiguous()  # [L, B, D / size]
-        heads = x.new_empty(sum(own), *x.shape[1:])
-        dist.all_to_all_single(heads, x, own, lengths, self.group)
-        return heads.unflatten(0, (self.size, -1)).permute(2, 1, 0, 3).flatten(2)
-
-
-@lru_cache  # groups are made once, by all processes
-def divide(branches, group):
-    """Divide a group of processes into crews: one for each guidance branch, if that comes out even, else one
-    for all branches. Returns the number of crews, which of them this process is in, and that one."""
-    count = branches if group.size() % branches == 0 else 1
-    size = group.size() // count
-    crew, _ = dist.new_subgroups(size, group)
-    return count, group.rank() // size, Crew(crew, size, crew.rank())
-
-
-@dataclass
-class Context:
-    """Guidance branches as the MMDiT sees them: all that no step changes.
-
-    They stand one behind the other in one sequence. Every layer but attention takes each token by itself, so
-    branches of any lengths run together without padding."""
-
-    fixed: list  # of each branch, [B, L, D]: the packed references, which the target follows
-    text: list  # of each branch, what TokenRefiner.forward gets: tokens [B, L, D], their mean [B, D], mask
-    visual: list  # of each branch, the number of visual tokens, the target's among them
-    words: list  # of each branch, the number of text tokens
-    masks: list  # of each branch, [B, 1, 1, L], True where a key may be seen; None where nothing is padded
-    rope: tuple  # (cos, sin) of the whole sequence
-    guidance: Tensor  # [1, D], embedded
-    crew: Crew  # If it is of several processes, there is one branch; visual, words and rope are of our share.
-    shares: list  # the number of tokens of each process of the crew
-
-    def join(self, visual, text):
-        """Two streams -> one, in which each branch has its visual tokens first and then its text."""
-        pairs = zip(visual.split(self.visual, 1), text.split(self.words, 1))
-        return torch.cat([part for pair in pairs for part in pair], 1)
-
-    def part(self, x):
-        """The reverse of `join`."""
-        parts = x.split([length for pair in zip(self.visual, self.words) for length in pair], 1)
-        return joined(parts[::2]), joined(parts[1::2])
-
-    def attend(self, q, k, v):
-        """Rotate, and let each branch attend to itself: 3 x [B, L, heads, head] -> [B, L, D]."""
-        q, k = rotate(q, self.rope), rotate(k, self.rope)
-        if self.crew.size > 1:
-            return self.crew.attend(q, k, v, self.masks[0], self.shares)
-        lengths = [sum(pair) for pair in zip(self.visual, self.words)]
-        branches = zip(*(x.split(lengths, 1) for x in (q, k, v)), self.masks)
-        return joined([attend(*branch) for branch in branches])
 
 
 def sinusoid(t, dim=256):
@@ -846,8 +752,7 @@ class Embedder(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 
-def gelu(x):
-    return F.gelu(x, approximate="tanh")
+gelu = partial(F.gelu, approximate="tanh")
 
 
 class FeedForward(nn.Module):
@@ -992,9 +897,6 @@ class MMDiT(nn.Module):
     """HunyuanVideo's transformer over the interleaved context: predicts the target's velocity."""
 
     UNUSED = "time_text_embed.text_embedder."  # CLIP's pooled text: in the base checkpoint, not in VINO
-    # Guidance branches of up to so many visual tokens run together: small ones alone leave a GPU half idle.
-    # Larger ones fill it, and together would only take the memory of all.
-    TOGETHER = 8192
 
     def __init__(self, config):
         super().__init__()
@@ -1014,53 +916,43 @@ class MMDiT(nn.Module):
     def blocks(self):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
-    def context(self, conditions, shape, crew=Crew()):
-        """The Context of guidance branches that run together: Conditions of one batch size, and the shape
-        (T, H, W) of the target's latents. A crew of several processes takes one branch."""
-        config, embed = self.config, self.x_embedder["proj"]
-        dtype = embed.weight.dtype
-        fixed, text, visual, words, positions, masks = [], [], [], [], [], []
-        for condition in conditions:
-            tokens, mask = condition.tokens.to(dtype), condition.mask
-            blank = tokens.new_zeros(len(tokens), config.in_channels, *shape)  # each step has its own target
-            latents = [*condition.references, blank]
-            *references, target = [embed(part.to(dtype)) for part in latents]
-            packed, where = pack(references, condition.boundaries, target)
-            fixed.append(packed[:, : -target[0, 0].numel()].clone())  # a view would keep all of it
-            text.append((*self.context_embedder.embed(tokens, mask), mask))
-            # Text is not rotated: position 0 on every axis is the rotation by nothing.
-            positions += [crew.own(part, 0) for part in (where, where.new_zeros(tokens.shape[1], 3))]
-            visual.append(len(positions[-2]))
-            words.append(len(positions[-1]))
-            # Every visual token is seen.
-            seen = [torch.ones_like(x[..., 0], dtype=torch.bool) for x in (packed, tokens)]
-            shares = crew.joint(seen[0], seen[1] if mask is None else mask)
-            masks.append(mask if mask is None else torch.cat(shares, 1)[:, None, None])
-        rope = rope_3d(torch.cat(positions), config.rope_axes_dim, config.rope_theta)
-        # The distilled guidance input is kept, at a constant.
-        guidance = sinusoid(torch.full((1,), 1000.0, device=rope[0].device))
-        guidance = self.time_text_embed["guidance_embedder"](guidance)
-        lengths = [share.shape[1] for share in shares]
-        return Context(fixed, text, visual, words, masks, rope, guidance, crew, lengths)
+    def context(self, conditions, shape, crew=None):
+        """What no step changes: the Context of guidance branches that run together.
 
-    def contexts(self, conditions, shape, crew):
-        """The Contexts of all guidance branches: one while they are small, else one each."""
-        sizes = [math.prod(shape) + sum(math.prod(x.shape[2:]) for x in c.references) for c in conditions]
-        visual = len(conditions[0].tokens) * max(sizes) // math.prod(self.patch)
-        if crew.size > 1 or visual > self.TOGETHER:
-            return [self.context([condition], shape, crew) for condition in conditions]
-        return [self.context(conditions, shape)]
+        Args: the branches' Conditions, of one batch size; the shape (T, H, W) of the target's latents. A Crew
+        of several processes takes one branch."""
+        crew, config, embed = crew or Crew(), self.config, self.x_embedder["proj"]
+        grid, dtype = [n // size for n, size in zip(shape, self.patch)], embed.weight.dtype
+        fixed, text, positions, masks = [], [], [], []
+        for condition in conditions:
+            mask, references = condition.mask, [embed(latents.to(dtype)) for latents in condition.references]
+            tokens, pooled = self.context_embedder.embed(condition.tokens.to(dtype), mask)
+            blank = tokens.new_zeros(len(tokens), config.width, *grid)  # each step has its own target
+            packed, where = pack(references, condition.boundaries, blank)
+            fixed.append(packed[:, : -math.prod(grid)].clone())  # a view would keep all of it
+            text.append((tokens, pooled, mask))
+            # Text is not rotated: position 0 on every axis is the rotation by nothing.
+            positions += [where, where.new_zeros(tokens.shape[1], 3)]
+            if mask is not None:  # every visual token is seen
+                mask = crew.joint(mask.new_ones(packed.shape[:2]), mask)[:, None, None]
+            masks.append(mask)
+        visual, words = [len(part) for part in positions[::2]], [len(part) for part in positions[1::2]]
+        positions = torch.cat([crew.own(part, 0) for part in positions])
+        rope = rope_3d(positions, config.rope_axes_dim, config.rope_theta)
+        # The distilled guidance input is kept, at a constant.
+        guidance = sinusoid(torch.full((1,), 1000.0, device=positions.device))
+        guidance = self.time_text_embed["guidance_embedder"](guidance)
+        return Context(fixed, text, visual, words, masks, rope, guidance, crew)
 
     def forward(self, latents, t, context):
         """Velocities [branches, B, C, T, H, W] of the noisy target `latents` [B, C, T, H, W] at time t [B] in
         [0, 1], 1 = noise, in each branch of a Context of the same batch size. A process of a crew returns the
         velocity of its own tokens, and zero elsewhere."""
         target = self.x_embedder["proj"](latents.to(self.x_embedder["proj"].weight.dtype))
-        tokens, timestep = target.flatten(2).transpose(1, 2), 999 * t
-        lengths = [fixed.shape[1] + tokens.shape[1] for fixed in context.fixed]
-        x = context.crew.own(torch.cat([part for fixed in context.fixed for part in (fixed, tokens)], 1))
-        text = context.crew.own(joined([self.context_embedder(*part, timestep) for part in context.text]))
+        timestep = 999 * t
         embedding = self.time_text_embed["timestep_embedder"](sinusoid(timestep)) + context.guidance
+        texts = [self.context_embedder(*part, timestep) for part in context.text]
+        x, text = context.streams(target.flatten(2).transpose(1, 2), texts)
 
         for block in self.transformer_blocks:
             x, text = block(x, text, embedding, context)
@@ -1069,26 +961,149 @@ class MMDiT(nn.Module):
             x = block(x, embedding, context)
 
         scale, shift = self.norm_out(embedding)
-        x = context.crew.alone(self.proj_out(modulate(context.part(x)[0], shift, scale)), sum(lengths))
-        targets = [branch[:, -tokens.shape[1] :] for branch in x.split(lengths, 1)]
-        return torch.stack([self.unpatchify(x, target.shape[2:]) for x in targets])
-
-    def flops(self, context):
-        """Operations of this process in a forward: a token takes 2 for each weight of the blocks, and 4 D for
-        each token that it attends to."""
-        config, total = self.config, 0
-        weights = (4 + 2 * config.mlp_ratio) * config.width**2  # of one stream, in blocks of all three kinds
-        depth = config.num_layers + config.num_single_layers
-        for visual, words in zip(context.visual, context.words):
-            length = visual + words
-            seen = sum(context.shares) if context.crew.size > 1 else length
-            total += depth * length * (2 * weights + 4 * config.width * seen)
-            total += config.num_refiner_layers * words * (2 * weights + 4 * config.width * words)
-        return total * len(context.fixed[0])
+        velocity = self.proj_out(modulate(context.part(x)[0], shift, scale))
+        return torch.stack([self.unpatchify(part, target.shape[2:]) for part in context.targets(velocity)])
 
     def unpatchify(self, x, shape):  # [B, T*H*W, C * patch] -> [B, C, T, H, W]
         x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, tuple(shape))  # [B, T, H, W, C, pt, ph, pw]
         return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
+
+    def flops(self, context):
+        """Operations of one process of the crew in a forward: a token takes 2 for each weight of the blocks,
+        and 4 D for each token that it attends to."""
+        config, total = self.config, 0
+        weights = (4 + 2 * config.mlp_ratio) * config.width**2  # of one stream, in blocks of all three kinds
+        depth = config.num_layers + config.num_single_layers
+        for visual, words in zip(context.visual, context.words):
+            for layers, length in ((depth, visual + words), (config.num_refiner_layers, words)):
+                total += layers * length * (2 * weights + 4 * config.width * length)
+        return total * len(context.fixed[0]) / context.crew.size
+
+
+# --- Several guidance branches in one forward, and several GPUs for one branch -----------------------------
+
+
+@dataclass
+class Context:
+    """Guidance branches as the MMDiT sees them: all that no step changes.
+
+    They stand one behind the other in one sequence. Every layer but attention takes each token by itself, so
+    branches of any lengths run together without padding."""
+
+    fixed: list  # of each branch, [B, L, D]: the packed references, which the target follows
+    text: list  # of each branch, what TokenRefiner.forward gets: tokens [B, L, D], their mean [B, D], mask
+    visual: list  # of each branch, the number of visual tokens, the target's among them
+    words: list  # of each branch, the number of text tokens
+    masks: list  # of each branch, [B, 1, 1, L], True where a key may be seen; None where nothing is padded
+    rope: tuple  # (cos, sin) of the crew's share of the sequence
+    guidance: Tensor  # [1, D], embedded
+    crew: "Crew"  # the processes that share each stream's tokens: one, or there is one branch
+
+    def streams(self, target, texts):
+        """Our share of both streams, [B, L, D]. target: its tokens; texts: of each branch, refined."""
+        visual = torch.cat([part for fixed in self.fixed for part in (fixed, target)], 1)
+        return self.crew.own(visual), self.crew.own(joined(texts))
+
+    def targets(self, x):
+        """The target's tokens in each branch, from our share of the visual stream; others' are zero."""
+        branches = self.crew.alone(x, sum(self.visual)).split(self.visual, 1)
+        return [branch[:, fixed.shape[1] :] for branch, fixed in zip(branches, self.fixed)]
+
+    def lengths(self):
+        """Of our share, [visual, words, visual, words, ...] of the branches."""
+        return [self.crew.shares(n)[self.crew.rank] for pair in zip(self.visual, self.words) for n in pair]
+
+    def join(self, visual, text):
+        """Two streams -> one, in which each branch has its visual tokens first and then its text."""
+        lengths = self.lengths()
+        pairs = zip(visual.split(lengths[::2], 1), text.split(lengths[1::2], 1))
+        return torch.cat([part for pair in pairs for part in pair], 1)
+
+    def part(self, x):
+        """The reverse of `join`."""
+        parts = x.split(self.lengths(), 1)
+        return joined(parts[::2]), joined(parts[1::2])
+
+    def attend(self, q, k, v):
+        """Rotate, and let each branch attend to itself: 3 x [B, L, heads, head] -> [B, L, D]."""
+        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        if self.crew.size > 1:
+            return self.crew.attend(q, k, v, self.masks[0], self.visual[0], self.words[0])
+        lengths = [sum(pair) for pair in zip(self.visual, self.words)]
+        branches = zip(*(x.split(lengths, 1) for x in (q, k, v)), self.masks)
+        return joined([attend(*branch) for branch in branches])
+
+
+def joined(parts):
+    """Pieces [B, L, ...] one behind the other. torch.cat alone would copy even a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+# Guidance branches of up to so many visual tokens run together: small ones alone leave a GPU half idle.
+# Larger ones fill it, and together would only take the memory of all.
+TOGETHER = 8192
+
+
+def arrange(mmdit, conditions, shape, crew):
+    """The Contexts of all guidance branches: one while they are small, else one each."""
+    sizes = [math.prod(shape) + sum(math.prod(x.shape[2:]) for x in c.references) for c in conditions]
+    visual = len(conditions[0].tokens) * max(sizes) // math.prod(mmdit.patch)
+    if crew.size > 1 or visual > TOGETHER:
+        return [mmdit.context([condition], shape, crew) for condition in conditions]
+    return [mmdit.context(conditions, shape)]
+
+
+@dataclass
+class Crew:
+    """Processes that run a guidance branch together ("Ulysses"), each with a share of its tokens. In
+    attention, where tokens meet, each has all tokens instead, and a share of the heads. Their number must
+    divide the number of heads. A process by itself is a crew, too."""
+
+    group: dist.ProcessGroup | None = None
+    size: int = 1
+    rank: int = 0
+
+    def shares(self, length):
+        """How many of `length` tokens each process has, as by tensor_split."""
+        return [(length + self.size - 1 - rank) // self.size for rank in range(self.size)]
+
+    def own(self, x, dim=1):
+        """This process's share of x; of several a copy: for a view torch.compile would make another graph."""
+        return x if self.size == 1 else x.tensor_split(self.size, dim)[self.rank].clone()
+
+    def alone(self, x, length):
+        """This process's share among those of the others, which are zero: [B, own, D] -> [B, length, D]."""
+        before = sum(self.shares(length)[: self.rank])
+        return F.pad(x, (0, 0, before, length - before - x.shape[1]))
+
+    def joint(self, visual, text):
+        """[B, Lv, ...] and [B, Lt, ...] in the order of `attend`: visual tokens and text of each process."""
+        pairs = zip(visual.tensor_split(self.size, 1), text.tensor_split(self.size, 1))
+        return torch.cat([part for pair in pairs for part in pair], 1)
+
+    @torch.compiler.disable  # a compiled block is cut in two here
+    def attend(self, q, k, v, mask, visual, words):
+        """Attention over everyone's tokens, q, k, v [B, own, heads, head] -> [B, own, D]. visual, words: how
+        many tokens of each kind all processes have together."""
+        lengths = [sum(pair) for pair in zip(self.shares(visual), self.shares(words))]
+        own = [lengths[self.rank]] * self.size
+        x = torch.cat([q, k, v]).unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4).contiguous()
+        tokens = x.new_empty(sum(lengths), *x.shape[2:])  # [L, 3 B, heads / size, head]
+        dist.all_to_all_single(tokens, x.flatten(0, 1), lengths, own, self.group)
+        x = attend(*tokens.transpose(0, 1).chunk(3), mask).transpose(0, 1).contiguous()  # [L, B, D / size]
+        heads = x.new_empty(sum(own), *x.shape[1:])
+        dist.all_to_all_single(heads, x, own, lengths, self.group)
+        return heads.unflatten(0, (self.size, -1)).permute(2, 1, 0, 3).flatten(2)
+
+
+@lru_cache  # groups are made once, by all processes
+def divide(branches, group):
+    """Divide a group of processes into crews: one for each guidance branch, if that comes out even, else one
+    for all branches. Returns the number of crews, which of them this process is in, and that one."""
+    count = branches if group.size() % branches == 0 else 1
+    size = group.size() // count
+    crew, _ = dist.new_subgroups(size, group)
+    return count, group.rank() // size, Crew(crew, size, crew.rank())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1592,7 +1607,7 @@ class Vino(nn.Module):
         noise = noise.to(self.mm_encoder.metaquery.device)
         count, number, crew = divide(len(branches), group) if group else (1, 0, Crew())
         weights, conditions = zip(*[*branches.values()][number::count])
-        contexts = self.transformer.contexts(conditions, noise.shape[2:], crew)
+        contexts = arrange(self.transformer, conditions, noise.shape[2:], crew)
 
         def guided(x, t):
             velocities = [v for context in contexts for v in self.transformer(x, t, context)]
@@ -1651,15 +1666,13 @@ class Offload:
 def random_tensors(expected, device, dtype):
     """A stream for `Vino.fill`: matrices and kernels that keep the variance, norms of one, small biases."""
     generator = torch.Generator(device).manual_seed(0)
-
-    def draw(shape, mean, std):
-        return mean + std * torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
     for name, tensor in expected.items():
+        x = torch.randn(tensor.shape, generator=generator, device=device, dtype=dtype)
         if tensor.dim() > 1:
-            yield name, partial(draw, tensor.shape, 0.0, math.prod(tensor.shape[1:]) ** -0.5)
+            x *= math.prod(tensor.shape[1:]) ** -0.5
         else:
-            yield name, partial(draw, tensor.shape, float(name.endswith("weight")), 0.02)
+            x = float(name.endswith("weight")) + 0.02 * x
+        yield name, lambda x=x: x
 
 
 def existing(path):
@@ -1695,9 +1708,11 @@ def read_frames(path):
 
 
 def read_json(path):
-    text = existing(path).read_bytes()
+    path = existing(path)
     try:
-        return json.loads(text)
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON, or is cut short ({error})") from error
 
