@@ -153,9 +153,10 @@ def check_arguments(args, config):
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(1, device=args.device)
+        torch.zeros(1, device=args.device).item()  # of "meta" there is no item
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: not here ({str(error).splitlines()[0]})") from error
+        reason = re.split(r"\. |\n", str(error))[0]  # some go on for a page
+        raise InputError(f"--device {args.device}: not here ({reason})") from error
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     elif args.offload:
@@ -359,12 +360,6 @@ def strange_words(prompt, tokenizer):
     return [word for word in re.findall("[a-z]+", prompt, re.IGNORECASE) if not is_known(word)]
 
 
-def announce(job):
-    """Print what is to be noticed: only after all that could be one line of error."""
-    while job.notices:
-        say(job.notices.pop(0))
-
-
 def run(job, config, tokenizer, load):
     """Do a job, from its references to its files. `load` gives the model."""
     for path in () if job.explain else job.outputs.values():
@@ -373,7 +368,8 @@ def run(job, config, tokenizer, load):
     for word in strange_words(job.prompt, tokenizer)[:1]:
         told = "these weights know coloured shapes only; the README tells how to get the real ones"
         job.notices.append(f"'{word}' means nothing to this model: {told}")
-    announce(job)
+    while job.notices:  # now that nothing is left that could be one line of error
+        say(job.notices.pop(0))
     if job.rewrite:
         job.prompt = load().mm_encoder.rewrite([job.prompt])[0] or job.prompt
         say(f"rewritten: {job.prompt}", file=sys.stdout)
@@ -812,7 +808,6 @@ def benchmark(args, config, load):
         check_writable(folder / name, args.overwrite)
     world = train.ToyWorld(train.make_stage("3", config, {}), config, args.seed)
     settings, model = {name: getattr(args, name) for name in SETTINGS}, load()
-    announce(args)
 
     def generate(batch):
         if args.rewrite and not batch.references:
