@@ -337,6 +337,10 @@ def check_writable(path, overwrite):
     partial.unlink()
 
 
+class OutOfMemory(InputError):
+    """What a process cannot go on from if others wait for it."""
+
+
 @contextmanager
 def telling_what_is_too_large(what, device):
     """Make one line of running out of memory."""
@@ -345,7 +349,7 @@ def telling_what_is_too_large(what, device):
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        raise InputError(f"too large for the memory of {device}: {what}") from error
+        raise OutOfMemory(f"too large for the memory of {device}: {what}") from error
 
 
 def strange_words(prompt, tokenizer):
@@ -923,6 +927,8 @@ def run_all(jobs, config, tokenizer, load):
         try:
             run(job, config, tokenizer, load)
         except (InputError, OSError) as error:
+            if isinstance(error, OutOfMemory) and train.world() > 1:
+                raise  # the other processes wait in this sample, until torchrun ends them
             failed.append(f"  {name}: {error}")
     say(f"{len(failed)} of {len(jobs)} failed", *failed)
     return bool(failed)

@@ -23,6 +23,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MethodType, SimpleNamespace
+from unittest.mock import Mock
 
 # Before torch starts: idle threads shall sleep, or the suite takes many times as long on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -1096,19 +1097,25 @@ def test_compiling_is_for_work_that_takes_longer_than_it():
 
 
 def test_memory_that_runs_out_is_one_line_and_other_errors_stay_errors(media, capsys, monkeypatch):
-    def generate(*_, **__):
-        raise next(errors)
-
-    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
-    errors = iter([full, RuntimeError("a bug"), full])
-    monkeypatch.setattr(Vino, "generate", generate)
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"))
+    monkeypatch.setattr(Vino, "generate", full)
     with pytest.raises(SystemExit):
         sample_py("--prompt", "x")
     assert "\nsample.py: error: too large for the memory of cpu: 1 frame(s) of" in capsys.readouterr().err
+    Path("a.json").write_text(json.dumps([{"index": n, "task": "t2i", "caption": "x"} for n in "ab"]))
+    assert sample_py("--tasks", "a.json", "--out", "results") == 1
+    assert "2 of 2 failed" in capsys.readouterr().err
+    with monkeypatch.context() as torchrun:  # another process would wait for this one
+        torchrun.setenv("WORLD_SIZE", "2")
+        torchrun.setattr(torch.distributed, "init_process_group", lambda backend: None)
+        with pytest.raises(SystemExit):
+            sample_py("--tasks", "a.json", "--out", "results")
+    assert "error: too large for the memory" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setattr(Vino, "generate", Mock(side_effect=RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         sample_py("--prompt", "x")
     capsys.readouterr()
-    monkeypatch.setattr(Vino, "load", generate)
+    monkeypatch.setattr(Vino, "load", full)
     assert "too large for the memory of cpu: the weights" in refusal(capsys, "--prompt", "x", "--rewrite")
 
 
