@@ -457,8 +457,9 @@ def explain(text, references, size, tokenizer, config):
 # Benchmarks: small counterparts of the paper's, in train.py's toy world, scored by pixels (tables 2 to 9)
 # ----------------------------------------------------------------------------------------------------------
 
-# layouts: (task of train.TASKS, number of images); how: a key of `ways`, see `measure`
-Part = namedtuple("Part", "row layouts keep score how", defaults=["generate"])
+# how: a key of `ways`, see `measure`; mean: the name of a last row, of all the others
+Suite = namedtuple("Suite", "score rows how mean", defaults=["generate", None])
+Row = namedtuple("Row", "name layouts keep")  # layouts: (task of train.TASKS, number of images)
 Thing = namedtuple("Thing", "shape color x y r")  # what stands in a frame; lengths are the toy world's
 Seen = namedtuple("Seen", "background things ground")  # ground: [64, 64], True where no thing is near
 
@@ -663,79 +664,74 @@ def score_copy(row, sample, output, target, source):
     return {(row, "PSNR, dB"): psnr(output, target)}
 
 
-def of_kind(kind, *counts):
-    """Which samples a row takes: those of a kind whose target has so many objects."""
-    return lambda sample: sample.kind == kind and (not counts or len(sample.target.objects) in counts)
-
-
-def differ(*fields):
-    """... those with two objects that differ in all of these fields."""
+def of_kind(kind, *counts, differ=()):
+    """Which samples a row takes: those of a kind whose target has so many objects, no two alike in a field of
+    `differ`."""
 
     def keep(sample):
-        items, pair = sample.target.objects, of_kind("", 2)(sample)
-        return pair and all(getattr(items[0], name) != getattr(items[1], name) for name in fields)
+        items = sample.target.objects
+        apart = all(len({getattr(item, name) for item in items}) == len(items) for name in differ)
+        return sample.kind == kind and apart and (not counts or len(items) in counts)
 
     return keep
 
 
-def moving(sample):
+def moves(sample):
     """... those in which something moves."""
-    return sample.kind == "" and any(item.motion != "standing still" for item in sample.target.objects)
+    return any(item.motion != "standing still" for item in sample.target.objects)
 
 
-IMAGE, EDIT, VIDEO_EDIT = [("t2i", 0)], [("ti2i", 1)], [("tv2v", 0), ("tiv2v", 1)]
+IMAGE, CLIP = [("t2i", 0)], [("t2v", 0)]
+EDIT, VIDEO_EDIT = [("ti2i", 1)], [("tv2v", 0), ("tiv2v", 1)]
 SUITES = {
-    "geneval": [
-        Part("single object", IMAGE, of_kind("", 1), score_image),
-        Part("two objects", IMAGE, differ("shape"), score_image),
-        Part("counting", IMAGE, of_kind("counting"), score_image),
-        Part("colours", IMAGE, of_kind("", 1), score_image),
-        Part("position", IMAGE, of_kind("position"), score_image),
-        Part("colour attribution", IMAGE, differ("shape", "color"), score_image),
-    ],
-    "vbench": [Part("clips", [("t2v", 0)], moving, score_clip)],
-    "opens2v": [
-        Part("1 image", [("ti2v", 1)], of_kind("", 1), score_cast),
-        Part("2 images", [("ti2v", 2)], of_kind("", 2), score_cast),
-        Part("3 images", [("ti2v", 3)], of_kind("", 2), score_cast),
-    ],
-    "gedit": [
-        Part("adjust colour", EDIT, of_kind("recolor"), score_edit),
-        Part("replace", EDIT, of_kind("replace"), score_edit),
-        Part("add", EDIT, of_kind("add"), score_edit),
-        Part("remove", EDIT, of_kind("remove"), score_edit),
-        Part("compose", [("ti2i_ref", 2)], of_kind("compose"), score_edit),
-        Part("move", EDIT, of_kind("move"), score_edit),
-    ],
-    "openve": [
-        Part("recolor", VIDEO_EDIT, of_kind("recolor"), score_edit),
-        Part("replace", VIDEO_EDIT, of_kind("replace"), score_edit),
-        Part("background", VIDEO_EDIT, of_kind("background"), score_edit),
-        Part("remove", [("tv2v", 0)], of_kind("remove"), score_edit),
-        Part("add", VIDEO_EDIT, of_kind("add"), score_edit),
-        Part("clone motion", [("motion", 1)], of_kind(""), score_edit),
-    ],
-    "understanding": [
-        Part("images", [("look", 1)], of_kind("", 1), score_answer, "answer"),
-        Part("clips", [("watch", 0)], of_kind("", 1), score_answer, "answer"),
-    ],
-    "autoencoder": [
-        Part("images", IMAGE, of_kind(""), score_copy, "autoencode"),
-        Part("clips", [("t2v", 0)], of_kind(""), score_copy, "autoencode"),
-    ],
-}
-MEANS = {"geneval": "overall", "gedit": "mean", "openve": "mean", "understanding": "mean"}
-BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows of each part and layout
+    "geneval": Suite(score_image, mean="overall", rows=[
+        Row("single object", IMAGE, of_kind("", 1)),
+        Row("two objects", IMAGE, of_kind("", 2, differ=["shape"])),
+        Row("counting", IMAGE, of_kind("counting")),
+        Row("colours", IMAGE, of_kind("", 1)),
+        Row("position", IMAGE, of_kind("position")),
+        Row("colour attribution", IMAGE, of_kind("", 2, differ=["shape", "color"])),
+    ]),
+    "vbench": Suite(score_clip, [Row("clips", CLIP, moves)]),
+    "opens2v": Suite(score_cast, [
+        Row("1 image", [("ti2v", 1)], of_kind("", 1)),
+        Row("2 images", [("ti2v", 2)], of_kind("", 2)),
+        Row("3 images", [("ti2v", 3)], of_kind("", 2)),
+    ]),
+    "gedit": Suite(score_edit, mean="mean", rows=[
+        Row("adjust colour", EDIT, of_kind("recolor")),
+        Row("replace", EDIT, of_kind("replace")),
+        Row("add", EDIT, of_kind("add")),
+        Row("remove", EDIT, of_kind("remove")),
+        Row("compose", [("ti2i_ref", 2)], of_kind("compose")),
+        Row("move", EDIT, of_kind("move")),
+    ]),
+    "openve": Suite(score_edit, mean="mean", rows=[
+        Row("recolor", VIDEO_EDIT, of_kind("recolor")),
+        Row("replace", VIDEO_EDIT, of_kind("replace")),
+        Row("background", VIDEO_EDIT, of_kind("background")),
+        Row("remove", [("tv2v", 0)], of_kind("remove")),
+        Row("add", VIDEO_EDIT, of_kind("add")),
+        Row("clone motion", [("motion", 1)], of_kind("")),
+    ]),
+    "understanding": Suite(score_answer, how="answer", mean="mean", rows=[
+        Row("images", [("look", 1)], of_kind("", 1)), Row("clips", [("watch", 0)], of_kind("", 1)),
+    ]),
+    "autoencoder": Suite(score_copy, how="autoencode", rows=[
+        Row("images", IMAGE, of_kind("")), Row("clips", CLIP, of_kind("")),
+    ]),
+}  # fmt: skip
+BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows of each row and layout
 
 
-def draw_batches(part, samples, world, device):
-    """A part's samples, half of them with their short prompts, as pairs (Samples, Batch of one layout). No
+def draw_batches(row, samples, world, device):
+    """A row's samples, half of them with their short prompts, as pairs (Samples, Batch of one layout). No
     training run draws from these seeds."""
-    for number, (task, images) in enumerate(part.layouts):
-        share = (samples + number) // len(part.layouts)
+    for number, (task, images) in enumerate(row.layouts):
+        share = (samples + number) // len(row.layouts)
         script, clip = train.TASKS[task].script, train.TASKS[task].clip
-        tellers = (train.Teller(f"benchmark {part.row} {world.seed} {task} {i}") for i in count())
-        kept = filter(part.keep, (getattr(teller, script)(images, clip) for teller in tellers))
+        tellers = (train.Teller(f"benchmark {row.name} {world.seed} {task} {i}") for i in count())
+        kept = filter(row.keep, (getattr(teller, script)(images, clip) for teller in tellers))
         for first in range(0, share, BATCH):
             drawn = [*islice(kept, min(BATCH, share - first))]
             drawn[1::2] = [sample._replace(prompt=sample.short_prompt) for sample in drawn[1::2]]
@@ -750,22 +746,23 @@ def measure(suites, samples, world, device, ways):
 
     Returns: {suite: {(row, column): values}}, and rows for train.contact_sheet."""
     results, sheet = {suite: defaultdict(list) for suite in suites}, []
-    parts = [(suite, part) for suite in results for part in SUITES[suite]]  # a suite given twice runs once
-    bar = tqdm(total=samples * len(parts), unit="sample")
-    for suite, part in parts:
-        bar.set_description(f"{suite}, {part.row}")
-        for drawn, batch in draw_batches(part, samples, world, device):
-            outputs, is_text = ways[part.how](batch), part.how == "answer"
+    rows = [(suite, row) for suite in results for row in SUITES[suite].rows]  # a suite given twice runs once
+    bar = tqdm(total=samples * len(rows), unit="sample")
+    for suite, row in rows:
+        score, how = SUITES[suite].score, SUITES[suite].how
+        bar.set_description(f"{suite}, {row.name}")
+        for drawn, batch in draw_batches(row, samples, world, device):
+            outputs, is_text = ways[how](batch), how == "answer"
             targets, references = batch.target.cpu(), [r.pixels.cpu() for r in batch.references]
             sources = references[0 if batch.task == "motion" else -1] if references else targets
             for i, sample in enumerate(drawn):
-                values = part.score(part.row, sample, outputs[i], targets[i], sources[i])
+                values = score(row.name, sample, outputs[i], targets[i], sources[i])
                 for key, value in values.items():
                     results[suite][key] += [value] if value == value else []  # NaN: nothing to measure
                 if batch.keys[i] < world.seed + SHOWN:
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
                     told = outputs[i] if is_text else sample.prompt
-                    label = f"{suite} {part.row}, {'wrong' if wrong else 'right'}: {told}"
+                    label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {told}"
                     shown = references if is_text else [*references, outputs]
                     sheet.append((label, [train.panels(pixels[i]) for pixels in shown]))
             bar.update(len(drawn))
@@ -791,10 +788,10 @@ def table(results):
     for suite, values in results.items():
         columns = [*dict.fromkeys(column for _, column in values)]
         rows = [*dict.fromkeys(row for row, _ in values)]
-        if suite in MEANS:
-            for name in columns:
-                values[MEANS[suite], name] = sum((values[row, name] for row in rows), [])
-            rows.append(MEANS[suite])
+        mean = SUITES[suite].mean
+        if mean:
+            values |= {(mean, name): sum((values[row, name] for row in rows), []) for name in columns}
+            rows.append(mean)
         lines += ["", f"| {' | '.join([suite, 'samples', *columns])} |"]
         lines += [f"| --- | {' | '.join(['---:'] * (1 + len(columns)))} |"]
         for row in rows:
