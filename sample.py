@@ -610,10 +610,15 @@ def psnr(output, target):
     return -10 * error.clamp(1e-6).log10().item()
 
 
+def keeps(seen, scene):
+    """Does every frame show the scene's shapes in their colours, wherever they are?"""
+    return all(looks(frame.things) == looks(scene.objects) for frame in seen)
+
+
 def score_cast(row, sample, output, target, source):
     """OpenS2V. An identity is shape and colour; with two objects, each has a place of its own."""
     seen, scene = detect(output.transpose(0, 1)), sample.target
-    values = {(row, "identities kept"): all(looks(s.things) == looks(scene.objects) for s in seen)}
+    values = {(row, "identities kept"): keeps(seen, scene)}
     values[row, "motion class"] = all(motion_of(item, seen) == item.motion for item in scene.objects)
     values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     if len(scene.objects) == 2:
@@ -660,8 +665,9 @@ def score_answer(row, sample, answer, target, source):
 
 
 def score_copy(row, sample, output, target, source):
-    """The autoencoder: how near are the pixels?"""
-    return {(row, "PSNR, dB"): psnr(output, target)}
+    """The autoencoder alone: how near are the pixels, and do the shapes stay? That bounds the other suites."""
+    kept = keeps(detect(output.transpose(0, 1)), sample.target)
+    return {(row, "PSNR, dB"): psnr(output, target), (row, "identities kept"): kept}
 
 
 def of_kind(kind, *counts, differ=()):
