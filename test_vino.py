@@ -543,12 +543,15 @@ def with_odd_lengths():
     return Vino.load("random", config)
 
 
-def one_of_two(rank, folder, photo, clip, port):
-    """A process of torchrun: samples of `generated`, and one of the command line."""
+def one_of_two(rank, folder, config, photo, clip, port):
+    """A process of torchrun: samples of `generated`, one of the command line, and a run of train.py for each
+    way to share it."""
     torch.set_num_threads(1)
+    train.VALIDATION = train.PICTURE_STEPS = 1
     os.chdir(folder)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}", "WORLD_SIZE": "2"}
-    os.environ |= address | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+    ports = itertools.count(port)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+    os.environ["MASTER_PORT"] = f"{next(ports)}"
     torch.distributed.init_process_group("gloo")
     model = with_odd_lengths()
     forward, seen = model.transformer.forward, []
@@ -560,23 +563,35 @@ def one_of_two(rank, folder, photo, clip, port):
     assert all(sample is None for sample in pixels) == (rank == 1)
     if rank == 0:
         torch.save(pixels, "pixels.pt")
-    os.environ["MASTER_PORT"] = f"{port + 1}"
+    os.environ["MASTER_PORT"] = f"{next(ports)}"
     sample_py("--prompt", "x", "--cfg-text", "1", "--out", "two.png", "--profile")
+    for how in SHARDS:
+        os.environ["MASTER_PORT"] = f"{next(ports)}"
+        given = f"--shard={how}", "--save-every=3", "--validate-every=3", "--checkpointing"
+        train.main(flags(config, folder / how, "--batch=1", *given))
 
 
-def free_port():
+SHARDS = ("ddp", "zero2", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def two(config, photo, clip, tmp_path_factory):
+    """A folder with what two processes make, which are started once: that takes long."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(one_of_two, (folder, config, photo, clip, port), nprocs=2)
+    return folder
 
 
-def test_two_processes_share_branches_or_tokens_and_make_the_same_sample_as_one(photo, clip, media):
-    multiprocessing.spawn(one_of_two, (media, photo, clip, free_port()), nprocs=2)
-    for ours, alone in zip(torch.load("pixels.pt"), generated(with_odd_lengths(), photo, clip), strict=True):
+def test_two_processes_share_branches_or_tokens_and_make_the_same_sample_as_one(two, photo, clip):
+    pixels = torch.load(two / "pixels.pt")
+    for ours, alone in zip(pixels, generated(with_odd_lengths(), photo, clip), strict=True):
         assert relative_error(ours, alone) < 1e-5
-    sample_py("--prompt", "x", "--cfg-text", "1", "--out", "one.png")
-    one, two = (np.array(Image.open(name), int) for name in ("one.png", "two.png"))
-    assert abs(one - two).max() <= 1 and not list(media.glob("*.partial"))
+    sample_py("--prompt", "x", "--cfg-text", "1", "--out", f"{two}/one.png")
+    pictures = [np.array(Image.open(two / name), int) for name in ("one.png", "two.png")]
+    assert abs(np.subtract(*pictures)).max() <= 1 and not list(two.glob("*.partial"))
 
 
 def test_processes_that_cannot_share_the_heads_are_refused(media, capsys, monkeypatch):
@@ -1274,12 +1289,15 @@ def quick_runs_and_old_handlers():
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A config file of a very small model, with 32 x 32 frames, batches of 2 and a fast average."""
+    """A config file of a very small model, with 32 x 32 frames, few tasks, batches of 2 and a fast average."""
     tiny = json.loads((HERE / "tiny_config.json").read_text())
     for section, values in SMALL.items():
         tiny[section] = tiny[section] | values if isinstance(values, dict) else values
     stage = {"area": 1024, "batch": 2, "lr": 1e-3, "steps": 6, "warmup": 0, "cooldown": 0}
-    tiny["training"] = dict.fromkeys(STAGES, stage) | dict.fromkeys("23", stage | {"ema": 0.9})
+    # Validation visits every task of a mixture: a few will do.
+    look, make = (dict.fromkeys(tasks.split(), 1) for tasks in ("look watch rewrite", "t2i ti2i ti2v tiv2v"))
+    tiny["training"] = dict.fromkeys(STAGES, stage) | {"0-vlm": stage | {"mixture": look}}
+    tiny["training"] |= {"2": stage | {"ema": 0.9}, "3": stage | {"ema": 0.9, "mixture": make}}
     path = tmp_path_factory.mktemp("config") / "small.json"
     path.write_text(json.dumps(tiny))
     return path
@@ -1468,33 +1486,22 @@ def test_a_run_that_is_resumed_is_bit_equal_to_one_that_never_stopped(six_steps,
     assert [r | clock for r in records(out)] == [r | clock for r in records(tmp_path)]
 
 
-def two_processes(rank, config, folder, port):
-    torch.set_num_threads(1)
-    train.VALIDATION = train.PICTURE_STEPS = 1
-    for number, how in enumerate(("ddp", "zero2", "fsdp")):
-        os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "MASTER_PORT": f"{port + number}"}
-        os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        given = f"--shard={how}", "--save-every=3", "--validate-every=3", "--checkpointing"
-        train.main(flags(config, folder / how, "--batch=1", *given))
-
-
-def test_ddp_zero2_and_fsdp_on_two_processes_are_one_process(six_steps, config, tmp_path):
-    multiprocessing.spawn(two_processes, (config, tmp_path, free_port()), nprocs=2)
+def test_ddp_zero2_and_fsdp_on_two_processes_are_one_process(two, six_steps, config):
     alone = load_file(six_steps[1] / "final.safetensors")
-    for how in ("ddp", "zero2", "fsdp"):
-        for one, two in zip(records(six_steps[1]), records(tmp_path / how), strict=True):
+    for how in SHARDS:
+        for one, both in zip(records(six_steps[1]), records(two / how), strict=True):
             if "validation" in one:
-                assert one["validation"] == pytest.approx(two["validation"], rel=1e-5)
+                assert one["validation"] == pytest.approx(both["validation"], rel=1e-5)
                 continue
-            assert one["task"] == two["task"] and one["samples"] == two["samples"]
-            assert two["loss"] == pytest.approx(one["loss"], rel=1e-5), how
-            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), how
-        for name, tensor in load_file(tmp_path / how / "final.safetensors").items():
+            assert one["task"] == both["task"] and one["samples"] == both["samples"]
+            assert both["loss"] == pytest.approx(one["loss"], rel=1e-5), how
+            assert both["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4), how
+        for name, tensor in load_file(two / how / "final.safetensors").items():
             assert torch.allclose(tensor, alone[name], atol=1e-4), (how, name)
-        shutil.rmtree(tmp_path / how / "checkpoints" / "step_00000006")
-        run(config, tmp_path / how, "--resume")  # two processes, then one
-        one, two = records(six_steps[1])[-2], records(tmp_path / how)[-2]
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        shutil.rmtree(two / how / "checkpoints" / "step_00000006")
+        run(config, two / how, "--resume")  # two processes, then one
+        one, both = records(six_steps[1])[-2], records(two / how)[-2]
+        assert both["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 def test_checkpointing_gives_the_same_gradients_and_computes_attention_once(config):
@@ -1784,8 +1791,8 @@ def test_a_gallery_shows_inputs_target_and_every_models_output(six_steps, tmp_pa
     export = six_steps[1] / "final.safetensors"
     train.gallery([(export, {}), (export, {"cfg_image": 2.0})], tmp_path / "gallery.png")
     with Image.open(tmp_path / "gallery.png") as picture:
-        assert picture.height == len(train.MIXTURES["3"]) * (32 + 18)
-        assert picture.width > 10 * 32  # image to video: an image, three frames of target and of each output
+        assert picture.height == len(six_steps[0].tasks) * (32 + 18)
+        assert picture.width > 10 * 32  # images to video: an image, three frames of target and of each output
 
 
 def test_short_captions_count_and_relate_truly():
