@@ -23,7 +23,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MethodType, SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 # Before torch starts: idle threads shall sleep, or the suite takes many times as long on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -85,61 +85,43 @@ def clip(tiny):
 # ----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def golden_model(folder):
     """The tiny VINO of a golden folder, from its config and weights."""
     golden = json.loads((folder / "config.json").read_text())
     sizes = golden["cfg"]
     text = dict(sizes["text"], vocab_size=golden["vlm_config"]["text_config"]["vocab_size"])
     text["mrope_section"] = text.pop("rope_scaling")["mrope_section"]
-    mmdit = dict(sizes["mmdit"])
+    vision, mmdit = sizes["vision"], sizes["mmdit"]
     assert (mmdit.pop("qk_norm"), mmdit.pop("guidance_embeds")) == ("rms_norm", True)
-    limits = Config().vision
-    image, video = (
-        [32, sizes[k]["shortest_edge"], sizes[k]["longest_edge"]] for k in ("image_size", "video_size")
-    )
-    resize = {
-        "image_resize": [limits.image_resize[0], image],
-        "video_resize": [limits.video_resize[0], video],
-    }
-    config = Config.from_dict(
-        {"text": text, "vision": sizes["vision"] | resize, "mmdit": mmdit, "vae": sizes["vae"]}
-        | {"num_queries": sizes["num_queries"]}
-    )
+    for kind in ("image", "video"):
+        least, most = (sizes[f"{kind}_size"][edge] for edge in ("shortest_edge", "longest_edge"))
+        vision[f"{kind}_resize"] = [getattr(Config().vision, f"{kind}_resize")[0], [32, least, most]]
+    parts = {"text": text, "vision": vision, "mmdit": mmdit, "vae": sizes["vae"]}
+    config = Config.from_dict(parts | {"num_queries": sizes["num_queries"]})
     tokenizer = byte_tokenizer(sorted(golden["special_tokens"], key=golden["special_tokens"].get))
-    ours = {"mmdit": "transformer", "vae": "vae", "vlm": "mm_encoder.mm_encoder"}
-    stream = []
+    names, stream = {"mmdit": "transformer", "vae": "vae", "vlm": "mm_encoder.mm_encoder"}, []
     for name, tensor in load_file(folder / "weights.safetensors").items():
         first, *rest = name.split(".")
-        stream.append(
-            (".".join([ours.get(first, f"mm_encoder.{first}"), *rest]), lambda tensor=tensor: tensor)
-        )
+        ours = ".".join([names.get(first, f"mm_encoder.{first}"), *rest])
+        stream.append((ours, lambda tensor=tensor: tensor))
     with torch.device("meta"):
         model = Vino(config, tokenizer)
     model.fill(stream, folder, "cpu", torch.float32)
     return model.eval()
 
 
-def golden_cases():
-    return [
-        path
-        for folder in GOLDEN
-        for path in sorted(folder.glob("*.json"))
-        if path.with_suffix(".safetensors").exists()
-    ]
+CASES = [path.with_suffix(".json") for folder in GOLDEN for path in sorted(folder.glob("*.safetensors"))]
+CASES = [path for path in CASES if path.exists()]
 
 
-GOLDEN_MODELS = {}
-
-
-@pytest.mark.parametrize("path", golden_cases(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 @torch.no_grad()
 def test_every_stage_equals_the_public_release(path):
     call, golden = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
     if "in.video" in golden and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("torch rounds resized video frames differently on this processor: needs x86 with AVX2")
-    if path.parent not in GOLDEN_MODELS:
-        GOLDEN_MODELS[path.parent] = golden_model(path.parent)
-    model = GOLDEN_MODELS[path.parent]
+    model = golden_model(path.parent)
     vision, encoder = model.config.vision, model.mm_encoder
 
     def compare(name, ours):
@@ -151,20 +133,15 @@ def test_every_stage_equals_the_public_release(path):
         assert error < 1e-4, name
 
     area = math.prod(call["letterbox_area_hw"])
-    images = [
-        Reference.image(Image.fromarray(golden[f"in.image_{k}"].numpy()), area, vision)
-        for k in range(len(call.get("images", [])))
-    ]
-    videos = (
-        [Reference.video(golden["in.video"].numpy(), call["out"][0], vision)] if "in.video" in golden else []
-    )
+    pictures = [golden[f"in.image_{k}"].numpy() for k in range(len(call.get("images", [])))]
+    images = [Reference.image(Image.fromarray(picture), area, vision) for picture in pictures]
+    films = [golden["in.video"].numpy()] if "in.video" in golden else []
+    videos = [Reference.video(film, call["out"][0], vision) for film in films]
     for k, image in enumerate(images):
         letterboxed = ((image.pixels[0, :, 0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
         assert torch.equal(letterboxed, golden[f"letterboxed_{k}"])
-    for references, kind, grids in (
-        (images, "pixel_values", "image"),
-        (videos, "pixel_values_videos", "video"),
-    ):
+    inputs = (images, "pixel_values", "image"), (videos, "pixel_values_videos", "video")
+    for references, kind, grids in inputs:
         if references:
             compare(f"cond.{kind}", torch.cat([r.patches[0] for r in references]))
             assert [list(r.grid) for r in references] == golden[f"cond.{grids}_grid_thw"].tolist()
@@ -184,14 +161,8 @@ def test_every_stage_equals_the_public_release(path):
     compare("cond.embeds_vae", encoder.connector_vae_branch(hidden))
     negative = call["negative_prompt_video" if call["out"][0] > 1 else "negative_prompt"]
     guidance = {"cfg_text": call["cfg_text"], "cfg_image": call["cfg_image"]}
-    branches = model.branches(
-        [call["prompt"]],
-        [negative],
-        encoded[: len(images)],
-        encoded[len(images) :],
-        call.get("base", False),
-        **guidance,
-    )
+    texts, base = ([call["prompt"]], [negative]), call.get("base", False)
+    branches = model.branches(*texts, encoded[: len(images)], encoded[len(images) :], base, **guidance)
     theirs = {"full": "cond", "text_dropped": "uncond_text", "image_dropped": "uncond_image"}
     for k, boundary in enumerate(branches["full"][1].boundaries):
         compare(f"boundary_{k}", torch.cat(boundary))
@@ -202,15 +173,11 @@ def test_every_stage_equals_the_public_release(path):
             velocity = model.velocity(golden["noise"], golden["timesteps"][:1], condition)
             compare(f"velocity.{key}", velocity)
 
-    decoded = []
-    decode = model.vae.decode
-    model.vae.decode = lambda latents: decoded.append(latents) or decode(latents)
-    pixels = model.generate(
-        [call["prompt"]], images, *videos, size=call["out"], base=call.get("base", False),
-        steps=call["steps"], shift=call["shift"], negative_prompt=negative, noise=golden["noise"], **guidance,
-    )  # fmt: skip
-    del model.vae.decode
-    compare("latents", decoded[0])
+    with patch.object(model.vae, "decode", wraps=model.vae.decode) as decode:
+        settings = {"size": call["out"], "base": base, "steps": call["steps"], "shift": call["shift"]}
+        settings |= {"negative_prompt": negative, "noise": golden["noise"], **guidance}
+        pixels = model.generate([call["prompt"]], images, *videos, **settings)
+    compare("latents", decode.call_args.args[0])
     compare("pixels", pixels)
 
 
@@ -220,10 +187,8 @@ def test_sizes_of_references_equal_the_release(folder):
     for case in json.loads((folder / "sizes.json").read_text()):
         h, w = letterbox_size(*case["src_wh"], case["area"])
         assert [h, w] == case["letterbox_hw"]
-        assert (
-            list(vlm_size(*vlm_size(h, w, *defaults.image_resize[0]), *defaults.image_resize[1]))
-            == case["vlm_hw"]
-        )
+        once = vlm_size(h, w, *defaults.image_resize[0])
+        assert list(vlm_size(*once, *defaults.image_resize[1])) == case["vlm_hw"]
         assert list(video_size(*case["src_wh"], case["area"])) == case["target_hw"]
 
 
