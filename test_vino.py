@@ -245,28 +245,25 @@ def test_patches_are_grouped_two_by_two_and_a_lone_frame_fills_the_time_patch(ti
     assert torch.equal(patches[1, :4], twice)
 
 
-@torch.no_grad()
-def test_cached_prompt_and_queries_equal_one_pass_over_both(tiny, photo, clip):
+def test_queries_against_a_cached_prompt_and_their_gradient_equal_one_pass_over_both(tiny, photo, clip):
     encoder, references = tiny.mm_encoder, [tiny.encode(photo), tiny.encode(clip)]
-    hidden = encoder.read(["Make Image 1 blue."], references)[0]
+    cached = encoder.read(["Make Image 1 blue."], references)[0]
     prompt = build_prompt(encoder.tokenizer, "Make Image 1 blue.", references, encoder.merge)
-    ids = torch.tensor([prompt.ids])
-    language = encoder.mm_encoder.model.language_model
-    embeds = language.embed_tokens(ids)
-    where = torch.isin(ids, torch.tensor([268, 269]))
+    model, ids = encoder.mm_encoder.model.language_model, torch.tensor([prompt.ids])
+    pads = torch.tensor([encoder.tokenizer.token_to_id(pad) for pad in ("<|image_pad|>", "<|video_pad|>")])
+    where, embeds = torch.isin(ids, pads), model.embed_tokens(ids).clone()
     embeds[where] = torch.cat([r.features[0] for r in references])
     deepstack = [torch.cat(level, 1).flatten(0, 1) for level in zip(*[r.deepstack for r in references])]
     queries = encoder.metaquery[None]
     behind = prompt.positions[:, -1:] + torch.arange(queries.shape[1])
-    whole = encoder.language(
-        torch.cat([embeds, queries], 1),
-        torch.cat([prompt.positions, behind], 1)[:, None],
-        None,
-        DynamicCache(),
-        torch.nn.functional.pad(where, (0, queries.shape[1])),
-        deepstack,
-    )[1]
-    assert relative_error(hidden, whole) < 1e-5
+    positions = torch.cat([prompt.positions, behind], 1)[:, None]
+    where = torch.nn.functional.pad(where, (0, queries.shape[1]))
+    inputs = torch.cat([embeds, queries], 1), positions, None, DynamicCache(), where, deepstack
+    whole = encoder.language(*inputs)[1]
+    assert relative_error(cached, whole) < 1e-5
+    weights = torch.randn(whole.shape, generator=torch.manual_seed(0))
+    ours, full = (torch.autograd.grad((x * weights).sum(), encoder.metaquery)[0] for x in (cached, whole))
+    assert torch.allclose(ours, full, rtol=1e-5, atol=1e-5 * full.abs().max())
 
 
 def test_a_batch_of_prompts_of_different_length_equals_its_members(tiny, photo):
@@ -319,38 +316,27 @@ def test_the_profiles_operations_are_those_that_torch_counts(tiny, branches):
 
 
 def test_small_branches_run_together_and_large_ones_one_after_the_other(tiny, photo, monkeypatch):
-    forwards, settings = [], {"size": (1, 48, 80), "steps": 2, "cfg_image": 1.5}
-    forward = tiny.transformer.forward
-    monkeypatch.setattr(tiny.transformer, "forward", lambda *inputs: forwards.append(1) or forward(*inputs))
-    together = tiny.generate(["x"], [photo], **settings)
-    assert len(forwards) == 2
-    monkeypatch.setattr(MMDiT, "TOGETHER", 119)  # the image and its reference have 120 patches
-    assert relative_error(tiny.generate(["x"], [photo], **settings), together) < 1e-5
-    assert len(forwards) == 2 + 3 * 2
+    settings = {"size": (1, 48, 80), "steps": 2, "cfg_image": 1.5}
+    with patch.object(tiny.transformer, "forward", wraps=tiny.transformer.forward) as forward:
+        together = tiny.generate(["x"], [photo], **settings)
+        assert forward.call_count == 2
+        monkeypatch.setattr(MMDiT, "TOGETHER", 119)  # the image and its reference have 120 patches
+        assert relative_error(tiny.generate(["x"], [photo], **settings), together) < 1e-5
+        assert forward.call_count == 2 + 3 * 2
 
 
-def test_what_no_step_changes_is_computed_once(tiny, photo, monkeypatch):
-    done = Counter()
-
-    def counted(owner, name):
-        function = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *inputs: done.update([name]) or function(*inputs))
-
-    refiner, embedders = tiny.transformer.context_embedder, tiny.transformer.time_text_embed
-    for owner, name in [(vino, "pack"), (vino, "rope_3d"), (refiner, "embed"), (tiny.vae, "encode")]:
-        counted(owner, name)
-    counted(embedders["guidance_embedder"], "forward")
-    tiny.generate(["x"], [photo], size=(1, 48, 80), steps=3, cfg_image=1.5)
-    assert done == {"pack": 3, "rope_3d": 1, "embed": 3, "encode": 1, "forward": 1}  # three branches
-
-
-def test_references_are_encoded_once_for_all_guidance_branches(tiny, photo, clip, monkeypatch):
-    looks, encodes = [], []
-    look, encode = tiny.mm_encoder.look, tiny.vae.encode
-    monkeypatch.setattr(tiny.mm_encoder, "look", lambda reference: looks.append(1) or look(reference))
-    monkeypatch.setattr(tiny.vae, "encode", lambda pixels: encodes.append(1) or encode(pixels))
-    tiny.generate(["x"], [photo], clip, size=(9, 64, 64), steps=1, cfg_image=2.0)
-    assert len(looks) == len(encodes) == 2
+def test_what_no_step_or_guidance_branch_changes_is_computed_once(tiny, photo, clip, monkeypatch):
+    embedders = tiny.transformer.time_text_embed
+    places = [(vino, "pack"), (vino, "rope_3d"), (tiny.transformer.context_embedder, "embed")]
+    places += [(embedders["guidance_embedder"], "forward"), (tiny.vae, "encode"), (tiny.mm_encoder, "look")]
+    done = {name: Mock(wraps=getattr(owner, name)) for owner, name in places}
+    for owner, name in places:
+        monkeypatch.setattr(owner, name, done[name])
+    tiny.generate(["x"], [photo], clip, size=(1, 48, 80), steps=3, cfg_image=1.5)
+    assert {name: function.call_count for name, function in done.items()} == {
+        "pack": 3, "rope_3d": 1, "embed": 3, "forward": 1,  # three branches
+        "encode": 2, "look": 2,  # two references
+    }  # fmt: skip
 
 
 def test_the_vision_tower_equals_transformers_own_for_a_batch_of_images_and_of_clips(tiny, photo, clip):
@@ -398,11 +384,8 @@ def test_references_boundary_tokens_and_target_share_one_timeline():
     ]  # fmt: skip
     assert blocks[4].positions()[-1].tolist() == [6, 3, 3]
     assert Block("end", 7, (1, 1, 1)).positions().tolist() == [[7, 0, 0]]
-    assert [block.time for block in timeline([(1, 4, 6), (3, 4, 4)], (2, 4, 6), boundaries=False)] == [
-        0,
-        1,
-        4,
-    ]
+    plain = timeline([(1, 4, 6), (3, 4, 4)], (2, 4, 6), boundaries=False)
+    assert [block.time for block in plain] == [0, 1, 4]
 
 
 def test_pack_wraps_each_reference_in_its_own_tokens_and_puts_the_target_last():
@@ -417,14 +400,12 @@ def test_rotation_makes_attention_depend_on_distance_alone_and_leaves_position_z
     q, k = torch.randn(2, 1, 1, 1, 32)
     here, there = torch.tensor([[3, 1, 2]]), torch.tensor([[7, 5, 1]])
 
-    def score(shift):
-        return (
-            rotate(q, rope_3d(here + shift, [8, 12, 12], 256))
-            * rotate(k, rope_3d(there + shift, [8, 12, 12], 256))
-        ).sum()
+    def rotated(x, positions):
+        return rotate(x, rope_3d(positions, [8, 12, 12], 256))
 
-    torch.testing.assert_close(score(0), score(20), rtol=1e-4, atol=1e-4)
-    assert torch.equal(rotate(q, rope_3d(torch.zeros(1, 3), [8, 12, 12], 256)), q)
+    near, far = ((rotated(q, here + shift) * rotated(k, there + shift)).sum() for shift in (0, 20))
+    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
+    assert torch.equal(rotated(q, torch.zeros(1, 3)), q)
 
 
 @torch.no_grad()
@@ -444,19 +425,17 @@ def test_boundary_tokens_and_reference_latents_reach_the_target(tiny, photo, cli
 
 
 def test_tiling_puts_a_signal_back_together_exactly():
-    x = torch.randn(1, 2, 23, 50, 41)
-    torch.testing.assert_close(tiled(lambda part: part, x, 3, 16, 12, 1), x)
-    torch.testing.assert_close(
-        tiled(lambda part: part.repeat_interleave(8, 4), x, 4, 16, 12, 8), x.repeat_interleave(8, 4)
-    )
+    def equal(function, x, *how, **lead):
+        torch.testing.assert_close(tiled(function, x, *how, **lead), function(x))
 
     def grow(part):  # as the decoder does: one frame for the first, four for each other
         return torch.cat([part[:, :, :1], part[:, :, 1:].repeat_interleave(4, 2)], 2)
 
-    torch.testing.assert_close(tiled(grow, x, 2, 4, 3, 4, lead=1), grow(x))
-    torch.testing.assert_close(
-        tiled(lambda part: part[:, :, ::4], grow(x), 2, 16, 12, 1 / 4, lead=1), grow(x)[:, :, ::4]
-    )
+    x = torch.randn(1, 2, 23, 50, 41)
+    equal(lambda part: part, x, 3, 16, 12, 1)
+    equal(lambda part: part.repeat_interleave(8, 4), x, 4, 16, 12, 8)
+    equal(grow, x, 2, 4, 3, 4, lead=1)
+    equal(lambda part: part[:, :, ::4], grow(x), 2, 16, 12, 1 / 4, lead=1)
 
 
 @torch.no_grad()
@@ -568,11 +547,8 @@ def test_guidance_weights_are_the_release_formulas():
     v, text_dropped, image_dropped = torch.randn(3, 5)
     for w_text, w_image in ((5.0, 1.0), (7.0, 1.5), (1.0, 1.0)):
         weights = guidance_weights(w_text, w_image)
-        ours = (
-            weights["full"] * v
-            + weights["text_dropped"] * text_dropped
-            + weights["image_dropped"] * image_dropped
-        )
+        branches = {"full": v, "text_dropped": text_dropped, "image_dropped": image_dropped}
+        ours = sum(weights[name] * branches[name] for name in branches)
         theirs = image_dropped + w_image * (text_dropped - image_dropped) + w_text * (v - text_dropped)
         torch.testing.assert_close(ours, theirs)
 
@@ -624,9 +600,8 @@ def write_public_layout(model, folder):
         names = sorted(parts[part])
         files = {name: f"{stem}-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
         for file in set(files.values()):
-            save_file(
-                {name: parts[part][name].clone() for name in names if files[name] == file}, place / file
-            )
+            own = {name: parts[part][name].clone() for name in names if files[name] == file}
+            save_file(own, place / file)
         (place / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     model.mm_encoder.tokenizer.save(str(vlm / "tokenizer.json"))
     unused = {name for name in parts["ckpt"] if name.startswith(f"transformer.{MMDiT.UNUSED}")}
@@ -672,11 +647,8 @@ def test_only_a_small_part_of_a_file_is_in_memory_while_it_is_read(tmp_path):
     tensors = {f"{k}": torch.full((2**18,), float(k)) for k in range(200)}  # 1 MiB each
     save_file(tensors, tmp_path / "a.safetensors")
     torch.save(tensors, tmp_path / "a.ckpt")
-    streams = (
-        vino.read_safetensors([tmp_path / "a.safetensors"], "", "cpu"),
-        vino.read_checkpoint(tmp_path / "a.ckpt"),
-    )
-    for stream in streams:
+    safe = vino.read_safetensors([tmp_path / "a.safetensors"], "", "cpu")
+    for stream in (safe, vino.read_checkpoint(tmp_path / "a.ckpt")):
         before, most = in_memory(), 0
         for name, read in stream:
             assert read().sum() == 2**18 * int(name)
@@ -687,10 +659,8 @@ def test_only_a_small_part_of_a_file_is_in_memory_while_it_is_read(tmp_path):
 def test_weights_that_do_not_fit_are_one_line_that_names_the_tensor_or_field(tiny, tmp_path):
     path = tmp_path / "weights.safetensors"
     tiny.save(path)
-    tensors, metadata = (
-        load_file(path),
-        {"config": json.dumps(asdict(tiny.config)), "tokenizer": byte_tokenizer().to_str()},
-    )
+    tensors = load_file(path)
+    metadata = {"config": json.dumps(asdict(tiny.config)), "tokenizer": byte_tokenizer().to_str()}
 
     def load(change, config=None):
         save_file(change(dict(tensors)), path, metadata)
@@ -1512,32 +1482,6 @@ def test_validation_is_the_same_each_time_and_draws_a_picture(config, tmp_path):
     first, second = records(tmp_path)
     assert first == second and set(first["validation"]) == {"t2i", "tiv2v"}
     assert Image.open(tmp_path / "step_00000000.png").width > 32 * 9
-
-
-def test_queries_get_the_gradient_of_back_propagation_through_the_whole_sequence(config):
-    vino = Vino.load("random", Config.from_file(config))
-    encoder, world = vino.mm_encoder, toy(vino.config)
-    batch = world.collate("tiv2v", [world.draw("tiv2v", 0, 0)], "cpu")
-    references = [vino.encode(reference) for reference in batch.references]
-    hidden, *_ = encoder.read(batch.prompts, references)
-    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
-    (cached,) = torch.autograd.grad((hidden * weights).sum(), encoder.metaquery)
-
-    prompt = build_prompt(encoder.tokenizer, batch.prompts[0], references, encoder.merge)
-    model, ids = encoder.mm_encoder.model.language_model, torch.tensor([prompt.ids])
-    pads = torch.tensor([encoder.tokenizer.token_to_id(pad) for pad in ("<|image_pad|>", "<|video_pad|>")])
-    where = torch.isin(ids, pads)
-    embeds = model.embed_tokens(ids).clone()
-    embeds[where] = torch.cat([r.features for r in references], 1).flatten(0, 1)
-    deepstack = [torch.cat(level, 1).flatten(0, 1) for level in zip(*[r.deepstack for r in references])]
-    queries = encoder.metaquery[None]
-    positions = prompt.positions[:, -1:] + torch.arange(queries.shape[1])
-    positions = torch.cat([prompt.positions, positions], 1)[:, None]
-    where = torch.nn.functional.pad(where, (0, queries.shape[1]))
-    inputs = torch.cat([embeds, queries], 1), positions, None, DynamicCache(), where, deepstack
-    full = encoder.language(*inputs)[1]
-    (direct,) = torch.autograd.grad((full * weights).sum(), encoder.metaquery)
-    assert torch.allclose(cached, direct, rtol=1e-5, atol=1e-5 * direct.abs().max())
 
 
 # --- Manifests --------------------------------------------------------------------------------------------
