@@ -665,7 +665,7 @@ def score_answer(row, sample, answer, target, source):
 
 
 def score_copy(row, sample, output, target, source):
-    """The autoencoder alone: how near are the pixels, and do the shapes stay? That bounds the other suites."""
+    """The autoencoder alone: are the pixels near, and do the shapes stay? That bounds the other suites."""
     kept = keeps(detect(output.transpose(0, 1)), sample.target)
     return {(row, "PSNR, dB"): psnr(output, target), (row, "identities kept"): kept}
 
