@@ -77,7 +77,9 @@ def build_parser():
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def refuse(message):
-        say(f"sample.py: error: {one_line(message)}")
+        if rank() == 0 or isinstance(message, OutOfMemory):  # which need not befall the first process
+            with tqdm.external_write_mode():
+                print(f"sample.py: error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
 
     parser.error = refuse
@@ -116,10 +118,8 @@ def build_parser():
     add("--config", metavar="FILE", help="a .json with the fields of the config to change")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, on a cpu float32")
-    offload_help = "keep most weights in the host's memory, for a GPU that is too small for them"
-    add("--offload", action="store_true", help=offload_help)
-    compile_help = "torch.compile the MMDiT (default: on a GPU, where it saves more time than it takes)"
-    add("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
+    add("--offload", action="store_true", help="keep most weights in the host's memory: for a small GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: where it pays)")
     add("--profile", action="store_true", help="at the end print where time and memory went")
     add("--explain", action="store_true", help="only print the packed sequence: figure 5 for this call")
     return parser
@@ -652,10 +652,14 @@ def score_answer(row, sample, answer, target, source):
     does = {motion.does: name for name, motion in train.MOTIONS.items()}
     grounds = {f"{name} background": name for name in train.BACKGROUNDS}
     aliases, values = does | grounds, {}
-    named = [("motion", [*train.MOTIONS, *does], item.motion), ("background", grounds, ground)]
-    named += [("colour", train.COLORS, item.color), ("shape", train.SHAPES, item.shape)]
-    named += [("size", train.SIZES, item.size), ("cell", train.CELLS, item.cell)]
-    for name, words, right in named:
+    for name, words, right in [
+        ("motion", [*train.MOTIONS, *does], item.motion),
+        ("background", grounds, ground),
+        ("colour", train.COLORS, item.color),
+        ("shape", train.SHAPES, item.shape),
+        ("size", train.SIZES, item.size),
+        ("cell", train.CELLS, item.cell),
+    ]:
         pattern = rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b"
         found = re.findall(pattern, answer)
         answer = re.sub(pattern, "", answer)  # once read, "moving left" names no cell
@@ -889,7 +893,7 @@ class Profile:
 
     def best(self):
         """Operations a second in one large matrix product."""
-        size, seconds = 8192 if self.cuda else 2048, []
+        size, seconds = 8192 if self.cuda else 1024, []
         matrix = torch.randn(size, size, device=self.device, dtype=self.dtype)
         for _ in range(10):
             begin = self.clock()

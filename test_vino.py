@@ -1040,6 +1040,7 @@ def test_memory_that_runs_out_is_one_line_and_other_errors_stay_errors(media, ca
     assert "2 of 2 failed" in capsys.readouterr().err
     with monkeypatch.context() as torchrun:  # another process would wait for this one
         torchrun.setenv("WORLD_SIZE", "2")
+        torchrun.setenv("RANK", "1")
         torchrun.setattr(torch.distributed, "init_process_group", lambda backend: None)
         with pytest.raises(SystemExit):
             sample_py("--tasks", "a.json", "--out", "results")
