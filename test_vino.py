@@ -500,7 +500,8 @@ def two(config, photo, clip, tmp_path_factory):
     """A folder with what two processes make, which are started once: that takes long."""
     folder = tmp_path_factory.mktemp("two")
     port = 20_000 + os.getpid() % 2_000 * 5  # five below those that the system hands out to others
-    multiprocessing.spawn(one_of_two, (folder, config, photo, clip, port), nprocs=2)
+    with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
+        multiprocessing.spawn(one_of_two, (folder, config, photo, clip, port), nprocs=2)
     return folder
 
 
