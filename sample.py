@@ -459,7 +459,8 @@ def explain(text, references, size, tokenizer, config):
 
 # how: a key of `ways`, see `measure`; mean: the name of a last row, of all the others
 Suite = namedtuple("Suite", "score rows how mean", defaults=["generate", None])
-Row = namedtuple("Row", "name layouts keep")  # layouts: (task of train.TASKS, number of images)
+# layouts: (task of train.TASKS, number of images); the rest says which samples: see `belongs`
+Row = namedtuple("Row", "name layouts kind objects differ moves", defaults=["", None, (), False])
 Thing = namedtuple("Thing", "shape color x y r")  # what stands in a frame; lengths are the toy world's
 Seen = namedtuple("Seen", "background things ground")  # ground: [64, 64], True where no thing is near
 
@@ -623,7 +624,7 @@ def score_cast(row, sample, output, target, source):
     values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     if len(scene.objects) == 2:
         a, b = scene.objects
-        swapped = scene._replace(objects=[type(a)(*b[:3], *a[3:]), type(a)(*a[:3], *b[3:])])
+        swapped = scene._replace(objects=[train.Object(*b[:3], *a[3:]), train.Object(*a[:3], *b[3:])])
         for name, told in (("right", scene), ("swapped", swapped)):
             values[row, f"identities {name}"] = all(
                 fits(s._replace(background=scene.background), told, time, sizes=False)
@@ -674,62 +675,53 @@ def score_copy(row, sample, output, target, source):
     return {(row, "PSNR, dB"): psnr(output, target), (row, "identities kept"): kept}
 
 
-def of_kind(kind, *counts, differ=()):
-    """Which samples a row takes: those of a kind whose target has so many objects, no two alike in a field of
-    `differ`."""
-
-    def keep(sample):
-        items = sample.target.objects
-        apart = all(len({getattr(item, name) for item in items}) == len(items) for name in differ)
-        return sample.kind == kind and apart and (not counts or len(items) in counts)
-
-    return keep
-
-
-def moves(sample):
-    """... those in which something moves."""
-    return any(item.motion != "standing still" for item in sample.target.objects)
+def belongs(sample, row):
+    """Is a sample one of a row's: of its kind of edit or caption, with so many objects, which differ in all of
+    these fields, and, if it says so, with something that moves?"""
+    items = sample.target.objects
+    apart = all(len({getattr(item, name) for item in items}) == len(items) for name in row.differ)
+    stirs = any(item.motion != "standing still" for item in items) or not row.moves
+    return sample.kind == row.kind and apart and stirs and row.objects in (None, len(items))
 
 
 IMAGE, CLIP = [("t2i", 0)], [("t2v", 0)]
 EDIT, VIDEO_EDIT = [("ti2i", 1)], [("tv2v", 0), ("tiv2v", 1)]
 SUITES = {
     "geneval": Suite(score_image, mean="overall", rows=[
-        Row("single object", IMAGE, of_kind("", 1)),
-        Row("two objects", IMAGE, of_kind("", 2, differ=["shape"])),
-        Row("counting", IMAGE, of_kind("counting")),
-        Row("colours", IMAGE, of_kind("", 1)),
-        Row("position", IMAGE, of_kind("position")),
-        Row("colour attribution", IMAGE, of_kind("", 2, differ=["shape", "color"])),
+        Row("single object", IMAGE, objects=1),
+        Row("two objects", IMAGE, objects=2, differ=["shape"]),
+        Row("counting", IMAGE, "counting"),
+        Row("colours", IMAGE, objects=1),
+        Row("position", IMAGE, "position"),
+        Row("colour attribution", IMAGE, objects=2, differ=["shape", "color"]),
     ]),
-    "vbench": Suite(score_clip, [Row("clips", CLIP, moves)]),
+    "vbench": Suite(score_clip, [Row("clips", CLIP, moves=True)]),
     "opens2v": Suite(score_cast, [
-        Row("1 image", [("ti2v", 1)], of_kind("", 1)),
-        Row("2 images", [("ti2v", 2)], of_kind("", 2)),
-        Row("3 images", [("ti2v", 3)], of_kind("", 2)),
+        Row("1 image", [("ti2v", 1)], objects=1),
+        Row("2 images", [("ti2v", 2)], objects=2),
+        Row("3 images", [("ti2v", 3)], objects=2),
     ]),
     "gedit": Suite(score_edit, mean="mean", rows=[
-        Row("adjust colour", EDIT, of_kind("recolor")),
-        Row("replace", EDIT, of_kind("replace")),
-        Row("add", EDIT, of_kind("add")),
-        Row("remove", EDIT, of_kind("remove")),
-        Row("compose", [("ti2i_ref", 2)], of_kind("compose")),
-        Row("move", EDIT, of_kind("move")),
+        Row("adjust colour", EDIT, "recolor"),
+        Row("replace", EDIT, "replace"),
+        Row("add", EDIT, "add"),
+        Row("remove", EDIT, "remove"),
+        Row("compose", [("ti2i_ref", 2)], "compose"),
+        Row("move", EDIT, "move"),
     ]),
     "openve": Suite(score_edit, mean="mean", rows=[
-        Row("recolor", VIDEO_EDIT, of_kind("recolor")),
-        Row("replace", VIDEO_EDIT, of_kind("replace")),
-        Row("background", VIDEO_EDIT, of_kind("background")),
-        Row("remove", [("tv2v", 0)], of_kind("remove")),
-        Row("add", VIDEO_EDIT, of_kind("add")),
-        Row("clone motion", [("motion", 1)], of_kind("")),
+        Row("recolor", VIDEO_EDIT, "recolor"),
+        Row("replace", VIDEO_EDIT, "replace"),
+        Row("background", VIDEO_EDIT, "background"),
+        Row("remove", [("tv2v", 0)], "remove"),
+        Row("add", VIDEO_EDIT, "add"),
+        Row("clone motion", [("motion", 1)]),
     ]),
     "understanding": Suite(score_answer, how="answer", mean="mean", rows=[
-        Row("images", [("look", 1)], of_kind("", 1)), Row("clips", [("watch", 0)], of_kind("", 1)),
+        Row("images", [("look", 1)], objects=1),
+        Row("clips", [("watch", 0)], objects=1),
     ]),
-    "autoencoder": Suite(score_copy, how="autoencode", rows=[
-        Row("images", IMAGE, of_kind("")), Row("clips", CLIP, of_kind("")),
-    ]),
+    "autoencoder": Suite(score_copy, how="autoencode", rows=[Row("images", IMAGE), Row("clips", CLIP)]),
 }  # fmt: skip
 BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows of each row and layout
 
@@ -741,7 +733,8 @@ def draw_batches(row, samples, world, device):
         share = (samples + number) // len(row.layouts)
         script, clip = train.TASKS[task].script, train.TASKS[task].clip
         tellers = (train.Teller(f"benchmark {row.name} {world.seed} {task} {i}") for i in count())
-        kept = filter(row.keep, (getattr(teller, script)(images, clip) for teller in tellers))
+        told = (getattr(teller, script)(images, clip) for teller in tellers)
+        kept = (sample for sample in told if belongs(sample, row))
         for first in range(0, share, BATCH):
             drawn = [*islice(kept, min(BATCH, share - first))]
             drawn[1::2] = [sample._replace(prompt=sample.short_prompt) for sample in drawn[1::2]]
