@@ -676,7 +676,7 @@ def score_copy(row, sample, output, target, source):
 
 
 def belongs(sample, row):
-    """Is a sample one of a row's: of its kind of edit or caption, with so many objects, which differ in all of
+    """Is a sample one of a row's: of its kind of edit or caption, with so many objects, that differ in all of
     these fields, and, if it says so, with something that moves?"""
     items = sample.target.objects
     apart = all(len({getattr(item, name) for item in items}) == len(items) for name in row.differ)
