@@ -77,7 +77,9 @@ def build_parser():
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def refuse(message):
-        say(f"sample.py: error: {one_line(message)}")
+        if rank() == 0 or isinstance(message, OutOfMemory):  # which need not befall the first process
+            with tqdm.external_write_mode():
+                print(f"sample.py: error: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
 
     parser.error = refuse
@@ -116,10 +118,8 @@ def build_parser():
     add("--config", metavar="FILE", help="a .json with the fields of the config to change")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, on a cpu float32")
-    offload_help = "keep most weights in the host's memory, for a GPU that is too small for them"
-    add("--offload", action="store_true", help=offload_help)
-    compile_help = "torch.compile the MMDiT (default: on a GPU, where it saves more time than it takes)"
-    add("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
+    add("--offload", action="store_true", help="keep most weights in the host's memory: for a small GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: where it pays)")
     add("--profile", action="store_true", help="at the end print where time and memory went")
     add("--explain", action="store_true", help="only print the packed sequence: figure 5 for this call")
     return parser
@@ -153,9 +153,10 @@ def check_arguments(args, config):
     if args.device == "cuda":
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        torch.empty(1, device=args.device)
+        torch.zeros(1, device=args.device).item()  # of "meta" there is no item
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {args.device}: not here ({str(error).splitlines()[0]})") from error
+        reason = re.split(r"\. |\n", str(error))[0]  # some go on for a page
+        raise InputError(f"--device {args.device}: not here ({reason})") from error
     if args.device.startswith("cuda"):
         torch.cuda.set_device(args.device)
     elif args.offload:
@@ -336,6 +337,10 @@ def check_writable(path, overwrite):
     partial.unlink()
 
 
+class OutOfMemory(InputError):
+    """What a process cannot go on from if others wait for it."""
+
+
 @contextmanager
 def telling_what_is_too_large(what, device):
     """Make one line of running out of memory."""
@@ -344,7 +349,7 @@ def telling_what_is_too_large(what, device):
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        raise InputError(f"too large for the memory of {device}: {what}") from error
+        raise OutOfMemory(f"too large for the memory of {device}: {what}") from error
 
 
 def strange_words(prompt, tokenizer):
@@ -359,12 +364,6 @@ def strange_words(prompt, tokenizer):
     return [word for word in re.findall("[a-z]+", prompt, re.IGNORECASE) if not is_known(word)]
 
 
-def announce(job):
-    """Print what is to be noticed: only after all that could be one line of error."""
-    while job.notices:
-        say(job.notices.pop(0))
-
-
 def run(job, config, tokenizer, load):
     """Do a job, from its references to its files. `load` gives the model."""
     for path in () if job.explain else job.outputs.values():
@@ -373,7 +372,8 @@ def run(job, config, tokenizer, load):
     for word in strange_words(job.prompt, tokenizer)[:1]:
         told = "these weights know coloured shapes only; the README tells how to get the real ones"
         job.notices.append(f"'{word}' means nothing to this model: {told}")
-    announce(job)
+    while job.notices:  # now that nothing is left that could be one line of error
+        say(job.notices.pop(0))
     if job.rewrite:
         job.prompt = load().mm_encoder.rewrite([job.prompt])[0] or job.prompt
         say(f"rewritten: {job.prompt}", file=sys.stdout)
@@ -457,8 +457,10 @@ def explain(text, references, size, tokenizer, config):
 # Benchmarks: small counterparts of the paper's, in train.py's toy world, scored by pixels (tables 2 to 9)
 # ----------------------------------------------------------------------------------------------------------
 
-# layouts: (task of train.TASKS, number of images); how: a key of `ways`, see `measure`
-Part = namedtuple("Part", "row layouts keep score how", defaults=["generate"])
+# how: a key of `ways`, see `measure`; mean: the name of a last row, of all the others
+Suite = namedtuple("Suite", "score rows how mean", defaults=["generate", None])
+# layouts: (task of train.TASKS, number of images); the rest says which samples: see `belongs`
+Row = namedtuple("Row", "name layouts kind objects differ moves", defaults=["", None, (), False])
 Thing = namedtuple("Thing", "shape color x y r")  # what stands in a frame; lengths are the toy world's
 Seen = namedtuple("Seen", "background things ground")  # ground: [64, 64], True where no thing is near
 
@@ -609,15 +611,20 @@ def psnr(output, target):
     return -10 * error.clamp(1e-6).log10().item()
 
 
+def keeps(seen, scene):
+    """Does every frame show the scene's shapes in their colours, wherever they are?"""
+    return all(looks(frame.things) == looks(scene.objects) for frame in seen)
+
+
 def score_cast(row, sample, output, target, source):
     """OpenS2V. An identity is shape and colour; with two objects, each has a place of its own."""
     seen, scene = detect(output.transpose(0, 1)), sample.target
-    values = {(row, "identities kept"): all(looks(s.things) == looks(scene.objects) for s in seen)}
+    values = {(row, "identities kept"): keeps(seen, scene)}
     values[row, "motion class"] = all(motion_of(item, seen) == item.motion for item in scene.objects)
     values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     if len(scene.objects) == 2:
         a, b = scene.objects
-        swapped = scene._replace(objects=[type(a)(*b[:3], *a[3:]), type(a)(*a[:3], *b[3:])])
+        swapped = scene._replace(objects=[train.Object(*b[:3], *a[3:]), train.Object(*a[:3], *b[3:])])
         for name, told in (("right", scene), ("swapped", swapped)):
             values[row, f"identities {name}"] = all(
                 fits(s._replace(background=scene.background), told, time, sizes=False)
@@ -646,10 +653,14 @@ def score_answer(row, sample, answer, target, source):
     does = {motion.does: name for name, motion in train.MOTIONS.items()}
     grounds = {f"{name} background": name for name in train.BACKGROUNDS}
     aliases, values = does | grounds, {}
-    named = [("motion", [*train.MOTIONS, *does], item.motion), ("background", grounds, ground)]
-    named += [("colour", train.COLORS, item.color), ("shape", train.SHAPES, item.shape)]
-    named += [("size", train.SIZES, item.size), ("cell", train.CELLS, item.cell)]
-    for name, words, right in named:
+    for name, words, right in [
+        ("motion", [*train.MOTIONS, *does], item.motion),
+        ("background", grounds, ground),
+        ("colour", train.COLORS, item.color),
+        ("shape", train.SHAPES, item.shape),
+        ("size", train.SIZES, item.size),
+        ("cell", train.CELLS, item.cell),
+    ]:
         pattern = rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b"
         found = re.findall(pattern, answer)
         answer = re.sub(pattern, "", answer)  # once read, "moving left" names no cell
@@ -659,83 +670,71 @@ def score_answer(row, sample, answer, target, source):
 
 
 def score_copy(row, sample, output, target, source):
-    """The autoencoder: how near are the pixels?"""
-    return {(row, "PSNR, dB"): psnr(output, target)}
+    """The autoencoder alone: are the pixels near, and do the shapes stay? That bounds the other suites."""
+    kept = keeps(detect(output.transpose(0, 1)), sample.target)
+    return {(row, "PSNR, dB"): psnr(output, target), (row, "identities kept"): kept}
 
 
-def of_kind(kind, *counts):
-    """Which samples a row takes: those of a kind whose target has so many objects."""
-    return lambda sample: sample.kind == kind and (not counts or len(sample.target.objects) in counts)
+def belongs(sample, row):
+    """Is a sample one of a row's: of its kind of edit or caption, with so many objects, that differ in all of
+    these fields, and, if it says so, with something that moves?"""
+    items = sample.target.objects
+    apart = all(len({getattr(item, name) for item in items}) == len(items) for name in row.differ)
+    stirs = any(item.motion != "standing still" for item in items) or not row.moves
+    return sample.kind == row.kind and apart and stirs and row.objects in (None, len(items))
 
 
-def differ(*fields):
-    """... those with two objects that differ in all of these fields."""
-
-    def keep(sample):
-        items, pair = sample.target.objects, of_kind("", 2)(sample)
-        return pair and all(getattr(items[0], name) != getattr(items[1], name) for name in fields)
-
-    return keep
-
-
-def moving(sample):
-    """... those in which something moves."""
-    return sample.kind == "" and any(item.motion != "standing still" for item in sample.target.objects)
-
-
-IMAGE, EDIT, VIDEO_EDIT = [("t2i", 0)], [("ti2i", 1)], [("tv2v", 0), ("tiv2v", 1)]
+IMAGE, CLIP = [("t2i", 0)], [("t2v", 0)]
+EDIT, VIDEO_EDIT = [("ti2i", 1)], [("tv2v", 0), ("tiv2v", 1)]
 SUITES = {
-    "geneval": [
-        Part("single object", IMAGE, of_kind("", 1), score_image),
-        Part("two objects", IMAGE, differ("shape"), score_image),
-        Part("counting", IMAGE, of_kind("counting"), score_image),
-        Part("colours", IMAGE, of_kind("", 1), score_image),
-        Part("position", IMAGE, of_kind("position"), score_image),
-        Part("colour attribution", IMAGE, differ("shape", "color"), score_image),
-    ],
-    "vbench": [Part("clips", [("t2v", 0)], moving, score_clip)],
-    "opens2v": [
-        Part("1 image", [("ti2v", 1)], of_kind("", 1), score_cast),
-        Part("2 images", [("ti2v", 2)], of_kind("", 2), score_cast),
-        Part("3 images", [("ti2v", 3)], of_kind("", 2), score_cast),
-    ],
-    "gedit": [
-        Part("adjust colour", EDIT, of_kind("recolor"), score_edit),
-        Part("replace", EDIT, of_kind("replace"), score_edit),
-        Part("add", EDIT, of_kind("add"), score_edit),
-        Part("remove", EDIT, of_kind("remove"), score_edit),
-        Part("compose", [("ti2i_ref", 2)], of_kind("compose"), score_edit),
-        Part("move", EDIT, of_kind("move"), score_edit),
-    ],
-    "openve": [
-        Part("recolor", VIDEO_EDIT, of_kind("recolor"), score_edit),
-        Part("replace", VIDEO_EDIT, of_kind("replace"), score_edit),
-        Part("background", VIDEO_EDIT, of_kind("background"), score_edit),
-        Part("remove", [("tv2v", 0)], of_kind("remove"), score_edit),
-        Part("add", VIDEO_EDIT, of_kind("add"), score_edit),
-        Part("clone motion", [("motion", 1)], of_kind(""), score_edit),
-    ],
-    "understanding": [
-        Part("images", [("look", 1)], of_kind("", 1), score_answer, "answer"),
-        Part("clips", [("watch", 0)], of_kind("", 1), score_answer, "answer"),
-    ],
-    "autoencoder": [
-        Part("images", IMAGE, of_kind(""), score_copy, "autoencode"),
-        Part("clips", [("t2v", 0)], of_kind(""), score_copy, "autoencode"),
-    ],
-}
-MEANS = {"geneval": "overall", "gedit": "mean", "openve": "mean", "understanding": "mean"}
-BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows of each part and layout
+    "geneval": Suite(score_image, mean="overall", rows=[
+        Row("single object", IMAGE, objects=1),
+        Row("two objects", IMAGE, objects=2, differ=["shape"]),
+        Row("counting", IMAGE, "counting"),
+        Row("colours", IMAGE, objects=1),
+        Row("position", IMAGE, "position"),
+        Row("colour attribution", IMAGE, objects=2, differ=["shape", "color"]),
+    ]),
+    "vbench": Suite(score_clip, [Row("clips", CLIP, moves=True)]),
+    "opens2v": Suite(score_cast, [
+        Row("1 image", [("ti2v", 1)], objects=1),
+        Row("2 images", [("ti2v", 2)], objects=2),
+        Row("3 images", [("ti2v", 3)], objects=2),
+    ]),
+    "gedit": Suite(score_edit, mean="mean", rows=[
+        Row("adjust colour", EDIT, "recolor"),
+        Row("replace", EDIT, "replace"),
+        Row("add", EDIT, "add"),
+        Row("remove", EDIT, "remove"),
+        Row("compose", [("ti2i_ref", 2)], "compose"),
+        Row("move", EDIT, "move"),
+    ]),
+    "openve": Suite(score_edit, mean="mean", rows=[
+        Row("recolor", VIDEO_EDIT, "recolor"),
+        Row("replace", VIDEO_EDIT, "replace"),
+        Row("background", VIDEO_EDIT, "background"),
+        Row("remove", [("tv2v", 0)], "remove"),
+        Row("add", VIDEO_EDIT, "add"),
+        Row("clone motion", [("motion", 1)]),
+    ]),
+    "understanding": Suite(score_answer, how="answer", mean="mean", rows=[
+        Row("images", [("look", 1)], objects=1),
+        Row("clips", [("watch", 0)], objects=1),
+    ]),
+    "autoencoder": Suite(score_copy, how="autoencode", rows=[Row("images", IMAGE), Row("clips", CLIP)]),
+}  # fmt: skip
+BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows of each row and layout
 
 
-def draw_batches(part, samples, world, device):
-    """A part's samples, half of them with their short prompts, as pairs (Samples, Batch of one layout). No
+def draw_batches(row, samples, world, device):
+    """A row's samples, half of them with their short prompts, as pairs (Samples, Batch of one layout). No
     training run draws from these seeds."""
-    for number, (task, images) in enumerate(part.layouts):
-        share = (samples + number) // len(part.layouts)
+    for number, (task, images) in enumerate(row.layouts):
+        share = (samples + number) // len(row.layouts)
         script, clip = train.TASKS[task].script, train.TASKS[task].clip
-        tellers = (train.Teller(f"benchmark {part.row} {world.seed} {task} {i}") for i in count())
-        kept = filter(part.keep, (getattr(teller, script)(images, clip) for teller in tellers))
+        tellers = (train.Teller(f"benchmark {row.name} {world.seed} {task} {i}") for i in count())
+        told = (getattr(teller, script)(images, clip) for teller in tellers)
+        kept = (sample for sample in told if belongs(sample, row))
         for first in range(0, share, BATCH):
             drawn = [*islice(kept, min(BATCH, share - first))]
             drawn[1::2] = [sample._replace(prompt=sample.short_prompt) for sample in drawn[1::2]]
@@ -750,22 +749,23 @@ def measure(suites, samples, world, device, ways):
 
     Returns: {suite: {(row, column): values}}, and rows for train.contact_sheet."""
     results, sheet = {suite: defaultdict(list) for suite in suites}, []
-    parts = [(suite, part) for suite in results for part in SUITES[suite]]  # a suite given twice runs once
-    bar = tqdm(total=samples * len(parts), unit="sample")
-    for suite, part in parts:
-        bar.set_description(f"{suite}, {part.row}")
-        for drawn, batch in draw_batches(part, samples, world, device):
-            outputs, is_text = ways[part.how](batch), part.how == "answer"
+    rows = [(suite, row) for suite in results for row in SUITES[suite].rows]  # a suite given twice runs once
+    bar = tqdm(total=samples * len(rows), unit="sample")
+    for suite, row in rows:
+        score, how = SUITES[suite].score, SUITES[suite].how
+        bar.set_description(f"{suite}, {row.name}")
+        for drawn, batch in draw_batches(row, samples, world, device):
+            outputs, is_text = ways[how](batch), how == "answer"
             targets, references = batch.target.cpu(), [r.pixels.cpu() for r in batch.references]
             sources = references[0 if batch.task == "motion" else -1] if references else targets
             for i, sample in enumerate(drawn):
-                values = part.score(part.row, sample, outputs[i], targets[i], sources[i])
+                values = score(row.name, sample, outputs[i], targets[i], sources[i])
                 for key, value in values.items():
                     results[suite][key] += [value] if value == value else []  # NaN: nothing to measure
                 if batch.keys[i] < world.seed + SHOWN:
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
                     told = outputs[i] if is_text else sample.prompt
-                    label = f"{suite} {part.row}, {'wrong' if wrong else 'right'}: {told}"
+                    label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {told}"
                     shown = references if is_text else [*references, outputs]
                     sheet.append((label, [train.panels(pixels[i]) for pixels in shown]))
             bar.update(len(drawn))
@@ -791,10 +791,10 @@ def table(results):
     for suite, values in results.items():
         columns = [*dict.fromkeys(column for _, column in values)]
         rows = [*dict.fromkeys(row for row, _ in values)]
-        if suite in MEANS:
-            for name in columns:
-                values[MEANS[suite], name] = sum((values[row, name] for row in rows), [])
-            rows.append(MEANS[suite])
+        mean = SUITES[suite].mean
+        if mean:
+            values |= {(mean, name): sum((values[row, name] for row in rows), []) for name in columns}
+            rows.append(mean)
         lines += ["", f"| {' | '.join([suite, 'samples', *columns])} |"]
         lines += [f"| --- | {' | '.join(['---:'] * (1 + len(columns)))} |"]
         for row in rows:
@@ -812,7 +812,6 @@ def benchmark(args, config, load):
         check_writable(folder / name, args.overwrite)
     world = train.ToyWorld(train.make_stage("3", config, {}), config, args.seed)
     settings, model = {name: getattr(args, name) for name in SETTINGS}, load()
-    announce(args)
 
     def generate(batch):
         if args.rewrite and not batch.references:
@@ -887,7 +886,7 @@ class Profile:
 
     def best(self):
         """Operations a second in one large matrix product."""
-        size, seconds = 8192 if self.cuda else 2048, []
+        size, seconds = 8192 if self.cuda else 1024, []
         matrix = torch.randn(size, size, device=self.device, dtype=self.dtype)
         for _ in range(10):
             begin = self.clock()
@@ -928,6 +927,8 @@ def run_all(jobs, config, tokenizer, load):
         try:
             run(job, config, tokenizer, load)
         except (InputError, OSError) as error:
+            if isinstance(error, OutOfMemory) and train.world() > 1:
+                raise  # the other processes wait in this sample, until torchrun ends them
             failed.append(f"  {name}: {error}")
     say(f"{len(failed)} of {len(jobs)} failed", *failed)
     return bool(failed)
