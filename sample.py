@@ -90,7 +90,8 @@ def build_parser():
     add("--image", metavar="FILE", nargs="+", action="extend", default=[], help="Image 1, Image 2, ...")
     add("--video", metavar="FILE", help="Video 1")
     add("--base", action="store_true", help="the last image is the one to edit, the others guide the edit")
-    add("--rewrite", action="store_true", help="let the VLM expand the prompt first")
+    told = "let the VLM expand the prompt first (default: the config's, without references)"
+    add("--rewrite", action=argparse.BooleanOptionalAction, help=told)
     add("--tasks", metavar="FILE", help="many of these from a .json in the release's format")
 
     add = parser.add_argument_group("benchmarks of the toy world: a table and a picture").add_argument
@@ -364,22 +365,28 @@ def strange_words(prompt, tokenizer):
     return [word for word in re.findall("[a-z]+", prompt, re.IGNORECASE) if not is_known(word)]
 
 
+def rewrites(job, config, references):
+    """Is the prompt to be expanded (the paper's dagger)? As told, else as the config says for text alone."""
+    default = config.sampling.rewrite and not references and job.weights != "random"
+    return default if job.rewrite is None else job.rewrite
+
+
 def run(job, config, tokenizer, load):
     """Do a job, from its references to its files. `load` gives the model."""
     for path in () if job.explain else job.outputs.values():
         check_writable(path, job.overwrite)
     images, video, size = prepare(job, config)
+    references = [*images, video] if video else images
     for word in strange_words(job.prompt, tokenizer)[:1]:
         told = "these weights know coloured shapes only; the README tells how to get the real ones"
         job.notices.append(f"'{word}' means nothing to this model: {told}")
     while job.notices:  # now that nothing is left that could be one line of error
         say(job.notices.pop(0))
-    if job.rewrite:
+    if rewrites(job, config, references):
         job.prompt = load().mm_encoder.rewrite([job.prompt])[0] or job.prompt
-        say(f"rewritten: {job.prompt}", file=sys.stdout)
+        say(f"rewritten: {job.prompt}")
     if job.explain:
-        sequence = explain(job.prompt, [*images, video] if video else images, size, tokenizer, config)
-        return say(sequence, file=sys.stdout)
+        return say(explain(job.prompt, references, size, tokenizer, config), file=sys.stdout)
     told = "{} frame(s) of {} x {}".format(*size)
     settings = {name: getattr(job, name) for name in SETTINGS} | {"size": size, "base": job.base}
     settings["progress"] = rank() == 0
@@ -814,7 +821,7 @@ def benchmark(args, config, load):
     settings, model = {name: getattr(args, name) for name in SETTINGS}, load()
 
     def generate(batch):
-        if args.rewrite and not batch.references:
+        if not batch.references and rewrites(args, config, []):
             batch.prompts = model.mm_encoder.rewrite(batch.prompts)
         return train.generate(model, batch, seed=batch.keys[0], **settings).cpu()
 

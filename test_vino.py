@@ -47,8 +47,8 @@ import vino
 from train import STAGES, TASKS, Trainer, parse_arguments
 from vino import (
     VAE, Block, Config, Downsample, FrameAttention, InputError, MMDiT, Reference, Resnet, Upsample, Vino,
-    build_prompt, byte_tokenizer, flow_loss, guidance_weights, letterbox_size, pack, patchify, rope_3d, rotate,
-    sample, shift_time, tiled, time_steps, timeline, video_size, vlm_size,
+    build_prompt, byte_tokenizer, flow_loss, guidance_weights, letterbox_size, pack, patchify, rope_3d,
+    rotate, sample, shift_time, tiled, time_steps, timeline, video_size, vlm_size,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -926,11 +926,15 @@ def test_explain_is_the_sequence_that_the_model_sees(media, capsys, monkeypatch)
         assert ours == [str(start), f"{start + 1}-{end - 1}", str(end)]
 
 
-def test_a_rewritten_prompt_is_printed_and_used(media, capsys, monkeypatch):
+def test_the_vlm_expands_a_prompt_if_told_or_if_the_config_says_so_of_text_alone(media, capsys, monkeypatch):
     monkeypatch.setattr(vino.MultiModalEncoder, "rewrite", lambda self, prompts: [f"{prompts[0]}, at dawn"])
     assert sample_py("--prompt", "a dot", "--rewrite") == 0
-    assert "rewritten: a dot, at dawn" in capsys.readouterr().out
+    assert "rewritten: a dot, at dawn\n" in capsys.readouterr().err
     assert Image.open("a-dot_0.png").text["prompt"] == "a dot, at dawn"
+    shipped = ["--prompt", "a red circle", "--explain"]
+    for more, expands in ([], True), (["--no-rewrite"], False), (["--image", "square.png"], False):
+        assert command_line.main([*shipped, *more]) == 0
+        assert ("at dawn" in capsys.readouterr().err) == expands
 
 
 def test_pictures_and_clips_are_read_upright_and_over_white(media):

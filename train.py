@@ -725,9 +725,9 @@ KL = 3e-5  # weight of the posterior's distance to the normal distribution, agai
 def draw_noise(keys, shape):
     """Uniform times [B] and noise [B, *shape]: for each sample from a generator of its own."""
     times, noises, generator = torch.empty(len(keys)), torch.empty(len(keys), *shape), torch.Generator()
-    for key, time, noise in zip(keys, times, noises):
+    for key, u, noise in zip(keys, times, noises):
         generator.manual_seed(chance(*key, "noise").getrandbits(63))
-        time.uniform_(generator=generator)
+        u.uniform_(generator=generator)
         noise.normal_(generator=generator)
     return times, noises
 

@@ -145,6 +145,7 @@ class SamplingConfig:
     shift: list = items(5.0, 7.0)
     cfg_text: list = items(5.0, 7.0)
     cfg_image: float = 1.0
+    rewrite: bool = False  # ours: let the VLM expand prompts that have no references
     negative_prompt: list = items(
         "low quality, blurry, distorted, malformed, watermark, text",
         "low quality, blurry, distorted, malformed, flickering, jitter, watermark, text",
