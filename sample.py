@@ -819,10 +819,9 @@ def benchmark(args, config, load):
         check_writable(folder / name, args.overwrite)
     world = train.ToyWorld(train.make_stage("3", config, {}), config, args.seed)
     settings, model = {name: getattr(args, name) for name in SETTINGS}, load()
+    model.config.sampling.rewrite = rewrites(args, config, [])
 
     def generate(batch):
-        if not batch.references and rewrites(args, config, []):
-            batch.prompts = model.mm_encoder.rewrite(batch.prompts)
         return train.generate(model, batch, seed=batch.keys[0], **settings).cpu()
 
     def answer(batch):

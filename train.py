@@ -970,11 +970,14 @@ def compare(folders, path):
 
 
 def generate(vino, batch, **settings):
-    """What the model makes of a Batch, with guidance -> pixels [B, 3, T, H, W]."""
+    """What the model makes of a Batch, with guidance -> pixels [B, 3, T, H, W]. Prompts of text alone are
+    expanded first, if the config says so."""
     images = [reference for reference in batch.references if not reference.is_video]
-    size, base = tuple(batch.target.shape[2:]), batch.task == "ti2i_ref"
+    size, base, prompts = tuple(batch.target.shape[2:]), batch.task == "ti2i_ref", batch.prompts
+    if vino.config.sampling.rewrite and not batch.references:
+        prompts = vino.mm_encoder.rewrite(prompts)
     videos = batch.references[len(images) :]
-    return vino.generate(batch.prompts, images, *videos, size=size, base=base, **settings)
+    return vino.generate(prompts, images, *videos, size=size, base=base, **settings)
 
 
 def gallery(columns, path, tasks=(), device="cpu"):
@@ -984,9 +987,9 @@ def gallery(columns, path, tasks=(), device="cpu"):
     models = [(Vino.load(weights, device=device), settings) for weights, settings in columns]
     config, rows = models[0][0].config, []
     stage = make_stage("3", config, {})
-    world = ToyWorld(stage, config, seed=6)
+    toys = ToyWorld(stage, config, seed=6)
     for number, task in enumerate(tasks or stage.mixture):
-        batch = world.collate(task, [world.draw(task, 1, 1 + number)], torch.device(device))
+        batch = toys.collate(task, [toys.draw(task, 1, 1 + number)], torch.device(device))
         if task in ("t2i", "t2v", "i2v"):
             batch.prompts = batch.short_prompts
         outputs = [generate(model, batch, progress=True, **settings) for model, settings in models]
