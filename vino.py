@@ -1182,6 +1182,8 @@ def causal_conv(chunks, weight, bias, stride=(1, 1, 1), norm=None):
 
 
 class CausalConv3d(nn.Module):
+    """`causal_conv` with weights of its own."""
+
     def __init__(self, in_channels, out_channels, kernel=3, stride=1):
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
@@ -1235,6 +1237,8 @@ class FrameAttention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """A causal convolution with a stride."""
+
     def __init__(self, channels, factor):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, stride=factor)  # factor = (time, height, width)
