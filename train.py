@@ -33,7 +33,7 @@ from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import chain, combinations, count, islice, product
+from itertools import chain, combinations, count, cycle, islice, product
 from pathlib import Path
 from types import MethodType
 
@@ -1080,8 +1080,13 @@ class Trainer:
         for p in self.parameters.values():  # from the start, so that a checkpoint can be read into it
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
-        home = torch.device("cpu") if args.ema_on_host else self.device
-        self.ema = {name: p.detach().clone().to(home) for name, p in self.parameters.items() if stage.ema}
+        to_host = args.ema_on_host and self.device.type == "cuda"
+        self.ema, self.ema_streams = {}, [torch.cuda.Stream() for _ in range(2)] if to_host else []
+        for name, p in self.parameters.items() if stage.ema else ():
+            self.ema[name] = p.detach().cpu() if to_host else p.detach().clone()
+            if to_host:  # pinned, so that copies do not keep the processor waiting
+                own = local(self.ema[name])
+                own.data = own.data.pin_memory()
 
     def named_parameters(self):
         """Of the model, under its own names, and of the native text encoder."""
@@ -1130,6 +1135,7 @@ class Trainer:
         if finite:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            self.finish_ema()
             self.optimizer.step()
             self.update_ema()
         self.optimizer.zero_grad()
@@ -1180,10 +1186,22 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        if self.ema:
-            averages = [local(average) for average in self.ema.values()]
-            current = [local(p).to(averages[0].device) for p in self.parameters.values()]
-            torch._foreach_lerp_(averages, current, 1 - self.stage.ema)
+        """Averages in the host's memory visit the GPU while it computes the next step: on two streams, so that
+        one comes while another one goes."""
+        pairs = [(local(average), local(self.parameters[name])) for name, average in self.ema.items()]
+        if pairs and not self.ema_streams:
+            torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - self.stage.ema)
+            return
+        for stream in self.ema_streams:
+            stream.wait_stream(torch.cuda.current_stream())  # until AdamW is done
+        for (average, parameter), stream in zip(pairs, cycle(self.ema_streams)):
+            with torch.cuda.stream(stream):
+                visitor = average.to(self.device, non_blocking=True)
+                average.copy_(visitor.lerp_(parameter, 1 - self.stage.ema), non_blocking=True)
+
+    def finish_ema(self):
+        for stream in self.ema_streams:
+            stream.synchronize()
 
     def report(self, broken):
         """Name unreadable samples, once each. More than 1% of them end the run."""
@@ -1200,6 +1218,7 @@ class Trainer:
 
     def tensors(self):
         """All that has been learned: weights, their averages, AdamW's moments."""
+        self.finish_ema()
         weights = {name: p.detach() for name, p in self.parameters.items()}
         optimizer = {name: self.optimizer.state[p] for name, p in self.parameters.items()}
         return {"weights": weights, "ema": self.ema, "optimizer": optimizer}
