@@ -1501,6 +1501,21 @@ def test_checkpointing_gives_the_same_gradients_and_computes_attention_once(conf
     assert kept.attentions == plain.attentions and kept.products >= 1.5 * plain.products
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_averages_in_the_hosts_memory_are_pinned_and_equal_those_on_the_gpu(config, tmp_path):
+    averages = []
+    for how in ([], ["--ema-on-host"]):
+        trainer = start(config, tmp_path / str(len(how)), *how)
+        for value in (1.0, 2.0, 4.0):
+            for parameter in trainer.parameters.values():
+                parameter.fill_(value)
+            trainer.update_ema()
+            trainer.finish_ema()
+        averages.append({name: average.cpu() for name, average in trainer.ema.items()})
+    assert equal(*averages) and all(average.is_pinned() for average in trainer.ema.values())
+
+
 def test_accumulation_is_a_larger_batch(six_steps, config, tmp_path):
     run(config, tmp_path, "--batch=1", "--accumulate=2", "--steps=2", "--checkpointing")
     for one, two in zip(records(six_steps[1]), records(tmp_path)[:2]):

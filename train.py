@@ -1084,8 +1084,9 @@ class Trainer:
         self.ema, self.ema_streams = {}, [torch.cuda.Stream() for _ in range(2)] if to_host else []
         for name, p in self.parameters.items() if stage.ema else ():
             self.ema[name] = p.detach().cpu() if to_host else p.detach().clone()
-            if to_host:  # pinned, so that copies do not keep the processor waiting
-                own = local(self.ema[name])
+            if to_host:  # pinned, so that copies keep nobody waiting
+                with torch.no_grad():  # so that `local` gives the tensor, not a view of it
+                    own = local(self.ema[name])
                 own.data = own.data.pin_memory()
 
     def named_parameters(self):

@@ -454,11 +454,12 @@ def template(tokenizer, references, merge):
     return Prompt(ids, torch.tensor(positions).T, starts, ends), before, [token for token, _, _ in behind]
 
 
-def attention_kernels():
-    """Context in which attention has no cuDNN kernel while gradients are wanted: there its backward was not
-    finite, or crashed (torch 2.11, bfloat16, H200). Without gradients it is the fastest, and right."""
+def attention_kernels(length):
+    """Context in which attention over fewer than 8192 tokens has no cuDNN kernel while gradients are wanted: it
+    spends up to two seconds on each new length, and in training each step has another. Without gradients, where
+    all steps are alike, it is the fastest; with them, over 15,000 tokens, too (torch 2.11, H200)."""
     allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(allowed) if torch.is_grad_enabled() else nullcontext()
+    return sdpa_kernel(allowed) if torch.is_grad_enabled() and length < 8192 else nullcontext()
 
 
 class Connector(nn.Module):
@@ -555,8 +556,8 @@ class MultiModalEncoder(nn.Module):
         model, entered = self.mm_encoder.model.language_model, []
         order = cache.get_seq_length() + torch.arange(embeds.shape[1], device=embeds.device)
         order = order.expand(1, embeds.shape[0], -1)  # with this fourth row the mask is plainly causal
-        last = model.layers[-1]
-        with last.register_forward_pre_hook(lambda _, args: entered.append(args[0])), attention_kernels():
+        watched = model.layers[-1].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        with watched, attention_kernels(order.shape[-1]):
             output = model(
                 inputs_embeds=embeds,
                 position_ids=torch.cat([order, positions]),
@@ -713,7 +714,7 @@ def rotate(x, rope):
 def attend(q, k, v, mask=None):
     """Softmax attention, q, k, v [B, L, heads, head] -> [B, L, D]. `mask` is True where a key may be seen."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    with attention_kernels():
+    with attention_kernels(q.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
