@@ -1672,10 +1672,28 @@ def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(config, tmp_p
 def test_a_signal_saves_and_stops_and_only_the_newest_checkpoints_stay(config, tmp_path):
     trainer = start(config, tmp_path, "--save-every=1", "--keep=2")
     draw = trainer.draw_task
-    trainer.draw_task = lambda: (trainer.step == 4 and os.kill(os.getpid(), signal.SIGTERM), draw())[1]
+    trainer.draw_task = lambda step: (step == 4 and os.kill(os.getpid(), signal.SIGTERM), draw(step))[1]
     assert trainer.train() == 128 + signal.SIGTERM and trainer.step == 4
     names = [path.name for path in train.complete_checkpoints(tmp_path / "checkpoints")]
     assert names == ["step_00000003", "step_00000004"] and not (tmp_path / "final.safetensors").exists()
+
+
+def test_batches_made_ahead_are_the_same_ones_in_order_and_their_errors_arrive():
+    def items(made):
+        for number in itertools.count():
+            made.append(number)
+            if number == 3:
+                raise InputError("the fourth")
+            yield number
+
+    made = []
+    coming = train.ahead(items(made))
+    assert [next(coming), next(coming)] == [0, 1]
+    coming.close()  # waits for the one that is being made
+    assert made == [0, 1, 2]
+    coming = train.ahead(items([]))
+    with pytest.raises(InputError, match="the fourth"):
+        list(coming)
 
 
 def test_loader_processes_leave_signals_to_the_main_one():
@@ -1803,7 +1821,7 @@ def test_over_fitting_one_batch_divides_its_loss_by_ten(task, tmp_path):
     more = ["--weights=random", "--batch=2", "--lr=2e-3", "--ema=0"]
     trainer = Trainer(parse_arguments(["--stage=3", f"--out={tmp_path}", *more]))
     batch = trainer.source.collate(task, [trainer.source.draw(task, 0, index) for index in range(2)], "cpu")
-    losses = []
+    batch, losses = trainer.objective.encode(batch), []
     for step in range(200):
         batch.keys = [(0, step % 4, number) for number in range(2)]
         loss = trainer.objective(batch).mean()

@@ -196,6 +196,8 @@ class Batch:
     references: list  # References of batch size B: images, then the video
     target: Tensor  # [B, 3, T, H, W] in [-1, 1]
     answers: list = field(default_factory=list)  # the target in words; the toy world has them
+    latents: Tensor | None = None  # of the target, and below the EncodedReferences: see Objective.encode
+    encoded: list = field(default_factory=list)
     keys: list = field(default_factory=list)  # for each sample, what its noise and its dropout are drawn from
     broken: list = field(default_factory=list)  # (line, problem) of unreadable samples that these replace
 
@@ -761,6 +763,15 @@ class Objective(nn.Module):
         if name == "0-mmdit":
             self.native_text = NativeText(vino.config, vino.mm_encoder.tokenizer)
 
+    @torch.no_grad()
+    def encode(self, batch):
+        """A Batch with all that the frozen encoders make of it, if they are frozen."""
+        if self.name in ("0-vae", "0-vlm"):
+            return batch
+        references = [] if self.name == "0-mmdit" else batch.references
+        latents = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
+        return replace(batch, latents=latents, encoded=[self.vino.encode(r) for r in references])
+
     def forward(self, batch, picture=False):
         """The loss of each sample, [B]; or, to look at, what `picture` gives."""
         loss = {"0-vae": self.autoencoding, "0-vlm": self.captioning}.get(self.name, self.flow)
@@ -794,31 +805,27 @@ class Objective(nn.Module):
 
     def flow(self, batch):
         """Rectified flow on the target's tokens (appendix B)."""
-        with torch.no_grad():
-            data = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
-        u, noise = (x.to(data.device) for x in draw_noise(batch.keys, data.shape[1:]))
+        u, noise = (x.to(batch.latents.device) for x in draw_noise(batch.keys, batch.latents.shape[1:]))
         velocity = partial(self.vino.velocity, condition=self.condition(batch))
-        return flow_loss(velocity, data, noise, u, self.shift)
+        return flow_loss(velocity, batch.latents, noise, u, self.shift)
 
     def condition(self, batch):
         if self.name == "0-mmdit":
             return self.native_text(batch.prompts)
-        references = [self.vino.encode(reference) for reference in batch.references]
         # Reconstruction bypasses the VAE: the MMDiT has to find the image in what the VLM says.
-        return self.vino.mm_encoder(batch.prompts, references, vae_branch=batch.task != "reconstruction")
+        return self.vino.mm_encoder(batch.prompts, batch.encoded, vae_branch=batch.task != "reconstruction")
 
     def picture(self, batch):
         """What the model makes of a batch, without guidance -> pixels [B, 3, T, H, W] and B texts."""
         vino, output, words = self.vino, batch.target, batch.prompts
-        latents = vino.vae.encode(batch.target)
         if self.name == "0-vae":
-            output = vino.vae.decode(latents)
+            output = vino.vae.decode(vino.vae.encode(batch.target))
         elif self.name == "0-vlm":
             references = [vino.encode(reference) for reference in batch.references]
             words = vino.mm_encoder.answer(batch.prompts, references)
         else:
             velocity = partial(vino.velocity, condition=self.condition(batch))
-            noise = draw_noise(batch.keys, latents.shape[1:])[1].to(latents.device)
+            noise = draw_noise(batch.keys, batch.latents.shape[1:])[1].to(batch.latents.device)
             output = vino.vae.decode(sample(velocity, noise, PICTURE_STEPS, self.shift))
         return output.float(), words
 
@@ -877,6 +884,15 @@ def distribute(objective, how, dtype):
     unsharded = {*objective.vino.mm_encoder.mm_encoder.parameters(), *objective.vino.vae.parameters()}
     unsharded |= {parameter for parameter in objective.parameters() if parameter.numel() == 0}
     return fully_shard(objective, **options, ignored_params=unsharded)
+
+
+def ahead(items):
+    """The items of an endless generator, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items)
+        while True:
+            item, coming = coming.result(), thread.submit(next, items)
+            yield item
 
 
 def local(tensor):
@@ -1054,9 +1070,12 @@ class Trainer:
             raise InputError(f"{args.data} has no sample of stage {args.stage}'s tasks ({names})")
         self.set_up()
         self.step, self.failed, self.broken, self.signal = 0, 0, {}, 0  # broken: {line: problem} in --data
-        self.drawn, self.streams = dict.fromkeys(self.tasks, 0), {}  # for each task: samples used, its loader
+        self.drawn = dict.fromkeys(self.tasks, 0)  # for each task: samples used
         if found:
             self.restore(found[0], saved)
+        self.streams = {task: self.stream(task) for task in self.tasks}
+        batches = self.batches(self.step + 1)
+        self.coming = ahead(batches) if self.device.type == "cuda" else batches
         run = f"stage {args.stage} on {world()} x {self.device.type}: {', '.join(self.tasks)}"
         say(f"{run}; from {found[0] if found else self.weights}")
 
@@ -1121,14 +1140,14 @@ class Trainer:
     def one_step(self, bar):
         """One step, of one task in all processes (appendix B). True if the run has to stop."""
         begin, self.step = time.perf_counter(), self.step + 1
-        task, loss, broken = self.draw_task(), 0.0, []
-        for micro in range(self.args.accumulate):
-            batch = self.next_batch(task, micro)
+        loss, broken = 0.0, []
+        for _ in range(self.args.accumulate):
+            batch = next(self.coming)
             part = self.model(batch).mean() / self.args.accumulate
             part.backward()  # DDP and FSDP average over the processes
             loss, broken = loss + part.detach(), broken + batch.broken
         samples = self.stage.batch * self.args.accumulate * world()
-        self.drawn[task] += samples
+        self.drawn[batch.task] += samples
         norm = self.clip_gradients()
         loss, signals, unreadable = sums(float(loss) / world(), self.signal, len(broken))
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -1144,11 +1163,13 @@ class Trainer:
         if unreadable:
             self.report(broken)
         seconds, mib = time.perf_counter() - begin, peak_memory(self.device)
-        record = {"step": self.step, "task": task, "skipped": not finite, "lr": lr}
+        record = {"step": self.step, "task": batch.task, "skipped": not finite, "lr": lr}
         record |= {"loss": loss, "grad_norm": norm} if finite else {"loss": None, "grad_norm": None}
         self.log(record | {"samples": samples, "seconds": seconds, "peak_mib": mib})
         speed = f"{samples / seconds:.1f} samples/s, {mib / 1024:.1f} GiB"
-        bar.set_postfix_str(f"{task} loss {loss:.4f}, |g| {norm:.2f}, {speed}" + ", skipped" * (not finite))
+        bar.set_postfix_str(
+            f"{batch.task} loss {loss:.4f}, |g| {norm:.2f}, {speed}" + ", skipped" * (not finite)
+        )
         bar.update()
         return signals > 0 or self.failed >= 10
 
@@ -1157,25 +1178,42 @@ class Trainer:
         left = stage.steps - self.step + 1
         return stage.lr * min(1, self.step / max(1, stage.warmup), left / max(1, stage.cooldown))
 
-    def draw_task(self):
-        """The step's task: all processes draw the same one, so that they do equal work (appendix B)."""
+    def draw_task(self, step):
+        """A step's task: all processes draw the same one, so that they do equal work (appendix B)."""
         shares = [self.stage.mixture[task] for task in self.tasks]
-        return chance(self.args.seed, self.step, "task").choices(self.tasks, shares)[0]
+        return chance(self.args.seed, step, "task").choices(self.tasks, shares)[0]
 
-    def next_batch(self, task, micro):
-        """This process's next Batch of a task, with its conditions dropped."""
+    def stream(self, task):
+        """A task's samples that have not been used."""
+        start = math.ceil(self.drawn[task] / self.stage.batch) * self.stage.batch  # if its size has changed
+        return self.source.loader(task, start, self.args.accumulate, self.args.workers)
+
+    def batches(self, first):
+        """This process's Batches from step `first` on. On a GPU they are made in a thread: most of a small
+        model's step is the work of starting kernels, and half of that need not wait for the step before."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # which each thread has for itself
+        for step in count(first):
+            task = self.draw_task(step)
+            for micro in range(self.args.accumulate):
+                yield self.next_batch(task, step, micro)
+
+    def next_batch(self, task, step, micro):
+        """A Batch, with its conditions dropped, and encoded."""
         args, size = self.args, self.stage.batch
-        if task not in self.streams:
-            start = math.ceil(self.drawn[task] / size) * size  # whole batches, if their size has changed
-            self.streams[task] = self.source.loader(task, start, args.accumulate, args.workers)
         try:
             samples = next(self.streams[task])
         except InputError as error:  # a loader's process puts its traceback around the message
             raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
         batch = self.source.collate(task, samples, self.device)
         first = (micro * world() + rank()) * size
-        batch.keys = [(args.seed, self.step, number) for number in range(first, first + size)]
-        return drop_conditions(batch, args.seed, self.step, self.stage)
+        batch.keys = [(args.seed, step, number) for number in range(first, first + size)]
+        return self.objective.encode(drop_conditions(batch, args.seed, step, self.stage))
+
+    def close(self):
+        """End the thread and the loaders' processes, which hold NCCL's connections open."""
+        self.coming.close()
+        self.streams.clear()
 
     def clip_gradients(self):
         """Clip the gradient's norm, and return it. What a task does not use gets a gradient of zero, so that
@@ -1279,6 +1317,7 @@ class Trainer:
                 batch.keys = [("validation", task, number)]
                 if batch.broken:
                     self.report(batch.broken)
+                batch = self.objective.encode(batch)
                 parts.append(self.objective(batch).item())
                 if number == 0:
                     output, words = self.objective(batch, picture=True)
@@ -1454,7 +1493,7 @@ def main(arguments=None):
             try:
                 status = trainer.train()
             finally:
-                trainer.streams.clear()  # end the loaders' processes first: they hold NCCL's connections open
+                trainer.close()
             if status:
                 break
     except (InputError, OSError) as error:  # OSError: a full disk, at any file but a checkpoint's
