@@ -1146,8 +1146,8 @@ class Trainer:
             part = self.model(batch).mean() / self.args.accumulate
             part.backward()  # DDP and FSDP average over the processes
             loss, broken = loss + part.detach(), broken + batch.broken
-        samples = self.stage.batch * self.args.accumulate * world()
-        self.drawn[batch.task] += samples
+        task, samples = batch.task, self.stage.batch * self.args.accumulate * world()
+        self.drawn[task] += samples
         norm = self.clip_gradients()
         loss, signals, unreadable = sums(float(loss) / world(), self.signal, len(broken))
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -1163,13 +1163,11 @@ class Trainer:
         if unreadable:
             self.report(broken)
         seconds, mib = time.perf_counter() - begin, peak_memory(self.device)
-        record = {"step": self.step, "task": batch.task, "skipped": not finite, "lr": lr}
+        record = {"step": self.step, "task": task, "skipped": not finite, "lr": lr}
         record |= {"loss": loss, "grad_norm": norm} if finite else {"loss": None, "grad_norm": None}
         self.log(record | {"samples": samples, "seconds": seconds, "peak_mib": mib})
         speed = f"{samples / seconds:.1f} samples/s, {mib / 1024:.1f} GiB"
-        bar.set_postfix_str(
-            f"{batch.task} loss {loss:.4f}, |g| {norm:.2f}, {speed}" + ", skipped" * (not finite)
-        )
+        bar.set_postfix_str(f"{task} loss {loss:.4f}, |g| {norm:.2f}, {speed}" + ", skipped" * (not finite))
         bar.update()
         return signals > 0 or self.failed >= 10
 
