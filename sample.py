@@ -537,6 +537,7 @@ def looks(things):
 def fits(seen, scene, time=0.0, sizes=True):
     """Is a frame that moment of the scene? One thing for each object, within 4 pixels of its place and, if
     sizes count, 3 of its radius: half the way from small to large."""
+
     def same(thing, item):
         x, y, r = train.trace(item, time)
         near = math.hypot(thing.x - x, thing.y - y) < 4 and (not sizes or abs(thing.r - r) < 3)
@@ -676,6 +677,11 @@ def score_answer(row, sample, answer, target, source):
     return values
 
 
+def score_told(row, sample, answer, target, source):
+    """Instructions: does the VLM say what their result shall show, in the very words that it has learned?"""
+    return {(row, "right"): answer == train.describe(sample.target, clip=target.shape[1] > 1)}
+
+
 def score_copy(row, sample, output, target, source):
     """The autoencoder alone: are the pixels near, and do the shapes stay? That bounds the other suites."""
     kept = keeps(detect(output.transpose(0, 1)), sample.target)
@@ -693,6 +699,19 @@ def belongs(sample, row):
 
 IMAGE, CLIP = [("t2i", 0)], [("t2v", 0)]
 EDIT, VIDEO_EDIT = [("ti2i", 1)], [("tv2v", 0), ("tiv2v", 1)]
+CASTS = [
+    Row("1 image", [("ti2v", 1)], objects=1),
+    Row("2 images", [("ti2v", 2)], objects=2),
+    Row("3 images", [("ti2v", 3)], objects=2),
+]
+VIDEO_EDITS = [
+    Row("recolor", VIDEO_EDIT, "recolor"),
+    Row("replace", VIDEO_EDIT, "replace"),
+    Row("background", VIDEO_EDIT, "background"),
+    Row("remove", [("tv2v", 0)], "remove"),
+    Row("add", VIDEO_EDIT, "add"),
+    Row("clone motion", [("motion", 1)]),
+]
 SUITES = {
     "geneval": Suite(score_image, mean="overall", rows=[
         Row("single object", IMAGE, objects=1),
@@ -703,11 +722,7 @@ SUITES = {
         Row("colour attribution", IMAGE, objects=2, differ=["shape", "color"]),
     ]),
     "vbench": Suite(score_clip, [Row("clips", CLIP, moves=True)]),
-    "opens2v": Suite(score_cast, [
-        Row("1 image", [("ti2v", 1)], objects=1),
-        Row("2 images", [("ti2v", 2)], objects=2),
-        Row("3 images", [("ti2v", 3)], objects=2),
-    ]),
+    "opens2v": Suite(score_cast, CASTS),
     "gedit": Suite(score_edit, mean="mean", rows=[
         Row("adjust colour", EDIT, "recolor"),
         Row("replace", EDIT, "replace"),
@@ -716,18 +731,12 @@ SUITES = {
         Row("compose", [("ti2i_ref", 2)], "compose"),
         Row("move", EDIT, "move"),
     ]),
-    "openve": Suite(score_edit, mean="mean", rows=[
-        Row("recolor", VIDEO_EDIT, "recolor"),
-        Row("replace", VIDEO_EDIT, "replace"),
-        Row("background", VIDEO_EDIT, "background"),
-        Row("remove", [("tv2v", 0)], "remove"),
-        Row("add", VIDEO_EDIT, "add"),
-        Row("clone motion", [("motion", 1)]),
-    ]),
+    "openve": Suite(score_edit, VIDEO_EDITS, mean="mean"),
     "understanding": Suite(score_answer, how="answer", mean="mean", rows=[
         Row("images", [("look", 1)], objects=1),
         Row("clips", [("watch", 0)], objects=1),
     ]),
+    "instructions": Suite(score_told, [*CASTS, *VIDEO_EDITS], how="answer", mean="mean"),
     "autoencoder": Suite(score_copy, how="autoencode", rows=[Row("images", IMAGE), Row("clips", CLIP)]),
 }  # fmt: skip
 BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows of each row and layout

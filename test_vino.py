@@ -1173,13 +1173,21 @@ def test_the_benchmarks_reject_each_thing_that_is_not_as_told(world):
         values = command_line.score_answer("clips", sample, text, None, None)
         assert len(values) == 6
         assert {name for (name, _), right in values.items() if not right} == {*wrong.split()}, text
+    told = [
+        command_line.score_told("x", sample, train.describe(sample.target, n > 1), clips[0][:, :n], None)
+        for n in (9, 1)
+    ]
+    assert told == [{("x", "right"): True}] * 2
+    assert command_line.score_told("x", sample, train.describe(sample.target, False), clips[0], None) == {
+        ("x", "right"): False
+    }
 
 
 def test_perfect_outputs_are_all_right_in_every_benchmark(world):
     ideal = {"answer": lambda batch: batch.answers}
     ideal |= dict.fromkeys(["generate", "autoencode"], lambda batch: batch.target)
     results, _ = command_line.measure(command_line.SUITES, 4, world, "cpu", ideal)
-    assert [len(values) for values in results.values()] == [18, 6, 13, 12, 18, 6, 4]
+    assert [len(values) for values in results.values()] == [18, 6, 13, 12, 18, 6, 9, 4]
     for (row, column), values in itertools.chain(*[suite.items() for suite in results.values()]):
         best = {"identities swapped": False, "gray levels": 0}
         best |= dict.fromkeys(["rest, dB", "first frame, dB", "PSNR, dB"], 60)
