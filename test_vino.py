@@ -1400,6 +1400,7 @@ def test_the_command_line_wins_over_the_config_and_the_config_over_table_1(confi
     for wrong, named in [({"1": {"rate": 1}}, "training.1.rate"), ({"4": {}}, "training.4"),
                          ({"1": {"steps": "many"}}, "training.1.steps"),
                          ({"1": {"batch": 0}}, "'batch' should be at least 1"),
+                         ({"1": {"trainable": ["MMDiT", "VLM"]}}, "VAE and VLM are frozen"),
                          ({"1": {"warmup": -1}}, "'warmup' should be at least 0")]:  # fmt: skip
         with pytest.raises(InputError, match=named):
             train.make_stage("1", Config.from_dict({"training": wrong}), {})
@@ -1679,8 +1680,8 @@ def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(config, tmp_p
 
 def test_a_signal_saves_and_stops_and_only_the_newest_checkpoints_stay(config, tmp_path):
     trainer = start(config, tmp_path, "--save-every=1", "--keep=2")
-    draw = trainer.draw_task
-    trainer.draw_task = lambda step: (step == 4 and os.kill(os.getpid(), signal.SIGTERM), draw(step))[1]
+    clip = trainer.clip_gradients
+    trainer.clip_gradients = lambda: (trainer.step == 4 and os.kill(os.getpid(), signal.SIGTERM), clip())[1]
     assert trainer.train() == 128 + signal.SIGTERM and trainer.step == 4
     names = [path.name for path in train.complete_checkpoints(tmp_path / "checkpoints")]
     assert names == ["step_00000003", "step_00000004"] and not (tmp_path / "final.safetensors").exists()

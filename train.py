@@ -31,6 +31,7 @@ import time
 import warnings
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import chain, combinations, count, cycle, islice, product
@@ -121,6 +122,8 @@ def make_stage(number, config, arguments):
     override(stage, given, "--")
     check_known("task", stage.mixture, TASKS)
     check_known("module", stage.trainable, MODULES)
+    if number in "123" and {"VAE", "VLM"} & {*stage.trainable}:
+        raise InputError("field 'trainable': VAE and VLM are frozen but in stage 0 (figure 3)")
     shares = [*stage.mixture.values()]
     if not all(type(share) in (int, float) and share >= 0 for share in shares) or not sum(shares):
         raise InputError("field 'mixture' should be shares, none below 0 and not all of them 0")
@@ -768,9 +771,8 @@ class Objective(nn.Module):
         """A Batch with all that the frozen encoders make of it, if they are frozen."""
         if self.name in ("0-vae", "0-vlm"):
             return batch
-        references = [] if self.name == "0-mmdit" else batch.references
         latents = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
-        return replace(batch, latents=latents, encoded=[self.vino.encode(r) for r in references])
+        return replace(batch, latents=latents, encoded=[self.vino.encode(r) for r in batch.references])
 
     def forward(self, batch, picture=False):
         """The loss of each sample, [B]; or, to look at, what `picture` gives."""
@@ -1103,7 +1105,7 @@ class Trainer:
         self.ema, self.ema_streams = {}, [torch.cuda.Stream() for _ in range(2)] if to_host else []
         for name, p in self.parameters.items() if stage.ema else ():
             self.ema[name] = p.detach().cpu() if to_host else p.detach().clone()
-            if to_host:  # pinned, so that copies keep nobody waiting
+            if to_host:  # pinned, so that copies keep nobody waiting; torch takes up to half as much again
                 with torch.no_grad():  # so that `local` gives the tensor, not a view of it
                     own = local(self.ema[name])
                 own.data = own.data.pin_memory()
@@ -1487,11 +1489,8 @@ def main(arguments=None):
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
     try:
         for args in parts(args):
-            trainer = Trainer(args)
-            try:
+            with closing(Trainer(args)) as trainer:
                 status = trainer.train()
-            finally:
-                trainer.close()
             if status:
                 break
     except (InputError, OSError) as error:  # OSError: a full disk, at any file but a checkpoint's
