@@ -1189,8 +1189,8 @@ class Trainer:
         return self.source.loader(task, start, self.args.accumulate, self.args.workers)
 
     def batches(self, first):
-        """This process's Batches from step `first` on. On a GPU they are made in a thread: most of a small
-        model's step is the work of starting kernels, and half of that need not wait for the step before."""
+        """This process's Batches from step `first` on. On a GPU they are made in a thread: a small model's step
+        is mostly the work of starting kernels, and this part of it need not wait for the step before."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # which each thread has for itself
         for step in count(first):
