@@ -1189,8 +1189,8 @@ class Trainer:
         return self.source.loader(task, start, self.args.accumulate, self.args.workers)
 
     def batches(self, first):
-        """This process's Batches from step `first` on. On a GPU they are made in a thread: a small model's step
-        is mostly the work of starting kernels, and this part of it need not wait for the step before."""
+        """This process's Batches from step `first` on. On a GPU they are made in a thread: a small model's
+        step is mostly the work of starting kernels, and this part need not wait for the step before."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # which each thread has for itself
         for step in count(first):
@@ -1225,8 +1225,8 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        """Averages in the host's memory visit the GPU while it computes the next step: on two streams, so that
-        one comes while another one goes."""
+        """Averages in the host's memory visit the GPU while it computes the next step: on two streams, so
+        that one comes while another one goes."""
         pairs = [(local(average), local(self.parameters[name])) for name, average in self.ema.items()]
         if pairs and not self.ema_streams:
             torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - self.stage.ema)

@@ -455,9 +455,9 @@ def template(tokenizer, references, merge):
 
 
 def attention_kernels(length):
-    """Context in which attention over fewer than 8192 tokens has no cuDNN kernel while gradients are wanted: it
-    spends up to two seconds on each new length, and in training each step has another. Without gradients, where
-    all steps are alike, it is the fastest; with them, over 15,000 tokens, too (torch 2.11, H200)."""
+    """Context in which attention over fewer than 8192 tokens has no cuDNN kernel while gradients are wanted:
+    it spends up to two seconds on each new length, and in training each step has another. Without gradients,
+    where all steps are alike, it is the fastest; over 15,000 tokens with them, too (torch 2.11, H200)."""
     allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(allowed) if torch.is_grad_enabled() and length < 8192 else nullcontext()
 
@@ -1126,7 +1126,7 @@ def norm_factors(norm, chunks):
     """GroupNorm of a clip in chunks as a factor and a summand for each channel, both [B, C, 1, 1, 1].
 
     They come from float32 sums over rows, which are short and so exact, do not depend on the chunks, and are
-    enough to keep a GPU busy, if channels come last as they do in its memory: 40 times as fast as otherwise.
+    enough to keep a GPU busy. Channels come last, as in its memory: otherwise sums are 40 times as slow.
     """
     sums = []
     for x in chunks:
