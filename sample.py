@@ -679,7 +679,7 @@ def score_answer(row, sample, answer, target, source):
 
 def score_told(row, sample, answer, target, source):
     """Instructions: does the VLM say what their result shall show, in the very words that it has learned?"""
-    return {(row, "right"): answer == train.describe(sample.target, clip=target.shape[1] > 1)}
+    return {(row, "right"): answer == train.describe(sample, clip=target.shape[1] > 1)}
 
 
 def score_copy(row, sample, output, target, source):

@@ -1174,11 +1174,11 @@ def test_the_benchmarks_reject_each_thing_that_is_not_as_told(world):
         assert len(values) == 6
         assert {name for (name, _), right in values.items() if not right} == {*wrong.split()}, text
     told = [
-        command_line.score_told("x", sample, train.describe(sample.target, n > 1), clips[0][:, :n], None)
+        command_line.score_told("x", sample, train.describe(sample, n > 1), clips[0][:, :n], None)
         for n in (9, 1)
     ]
     assert told == [{("x", "right"): True}] * 2
-    assert command_line.score_told("x", sample, train.describe(sample.target, False), clips[0], None) == {
+    assert command_line.score_told("x", sample, train.describe(sample, False), clips[0], None) == {
         ("x", "right"): False
     }
 
@@ -1806,6 +1806,20 @@ def test_short_captions_count_and_relate_truly():
             assert (x < u and "left of" in short) or (x > u and "right of" in short) or (
                 y < v and "above" in short) or (y > v and "below" in short)  # fmt: skip
     assert all(seen[kind] > 40 for kind in ("", "counting", "position"))
+
+
+def test_what_is_seen_is_described_in_reading_order_and_what_is_expanded_in_the_texts():
+    for number in range(40):
+        teller = train.Teller(f"orders {number}")
+        expanded, seen = teller.rewrite(0, True), teller.look(0, True)
+        for sample, objects in (
+            (expanded, expanded.target.objects),
+            (seen, sorted(seen.target.objects, key=lambda item: [*train.CELLS].index(item.cell))),
+        ):
+            told = re.findall(r"A (\w+) (\w+) (\w+) starts at", train.describe(sample, clip=True))
+            assert told == [(item.size, item.color, item.shape) for item in objects]
+            names = [sample.prompt.find(f"{item.color} {item.shape}") for item in objects]
+            assert names == sorted(names)  # in the text too, where it names them
 
 
 def test_every_word_of_the_toy_world_is_one_token_and_other_words_are_bytes():

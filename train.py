@@ -313,10 +313,14 @@ def trace(item, time):
     return x + item.jitter[0] + time * dx, y + item.jitter[1] + time * dy, SIZES[item.size] + time * dr
 
 
-def describe(scene, clip):
-    """The scene in words, always the same ones: what the VLM learns to answer. Objects in reading order."""
-    sentences = [f"{'A video' if clip else 'An image'} on a {scene.background} background."]
-    for item in sorted(scene.objects, key=lambda item: [*CELLS].index(item.cell)):
+def describe(sample, clip):
+    """A target in words, always the same ones: what the VLM learns to answer. Objects are in reading order, but
+    where there is only a text to expand, in the text's."""
+    objects = sample.target.objects
+    if sample.images or sample.video:
+        objects = sorted(objects, key=lambda item: [*CELLS].index(item.cell))
+    sentences = [f"{'A video' if clip else 'An image'} on a {sample.target.background} background."]
+    for item in objects:
         place = f"starts at the {item.cell} and is {item.motion}" if clip else f"is at the {item.cell}"
         sentences.append(f"A {item.size} {item.color} {item.shape} {place}.")
     return " ".join(sentences)
@@ -499,7 +503,7 @@ class ToyWorld(Source):
         references = [reference_of(pixels, self.config.vision) for pixels in shown]
         target = self.render([s.target for s in samples], frames if clip else 1, device)
         texts = [s.prompt for s in samples], [s.short_prompt for s in samples]
-        return Batch(task, *texts, references, target, [describe(s.target, clip) for s in samples])
+        return Batch(task, *texts, references, target, [describe(s, clip) for s in samples])
 
     def render(self, scenes, frames, device):
         """B scenes -> [B, 3, T, H, W] in [-1, 1]. Objects do not overlap, so each adds its own difference."""
@@ -532,7 +536,7 @@ def toy_tokenizer():
     for task in TASKS.values():
         for _ in range(300):
             sample = getattr(teller, task.script)(max(task.images), task.clip)
-            texts += [sample.prompt, sample.short_prompt, describe(sample.target, task.clip)]
+            texts += [sample.prompt, sample.short_prompt, describe(sample, task.clip)]
     return byte_tokenizer(texts=texts)
 
 
