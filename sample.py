@@ -578,11 +578,12 @@ def score_clip(row, sample, output, target, source):
     frames, scene = shrink(output.transpose(0, 1)), sample.target
     seen = detect(output.transpose(0, 1))
     path, time = tracks(seen), np.linspace(0, 1, len(seen))
+    grounds = {s.background for s in seen}
     still = torch.stack([a.ground & b.ground for a, b in zip(seen, seen[1:])])
     pairs = [(a[2:], b[2:]) for a in seen[0].things for b in seen[-1].things if a[:2] == b[:2]]
     return {
         ("subject consistency", "right"): path is not None,
-        ("background consistency", "right"): all(s.background == scene.background for s in seen),
+        ("background consistency", "right"): len(grounds) == 1 and "unclear" not in grounds,
         ("motion smoothness", "right"): path is not None and bool(bend(path, time) < 1.5),
         ("temporal flickering", "gray levels"): frames.diff(dim=0).abs().mean(1)[still].mean().item(),
         ("dynamic degree", "right"): any(math.dist(*pair) > 3 for pair in pairs),

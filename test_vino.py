@@ -1162,6 +1162,10 @@ def test_the_benchmarks_reject_each_thing_that_is_not_as_told(world):
         (True, True, True, False), (True, False, True, True), (True, True, True, True),
     ]  # fmt: skip
     assert [round(row["temporal flickering", "gray levels"]) for row in rows] == [0] * 5 + [20]
+    white = world.render([told._replace(background="white")], 9, "cpu")[0]
+    pieces = [white, torch.cat([clips[0][:, :4], white[:, 4:]], 1)]  # which one it is, the row does not ask
+    rows = [command_line.score_clip("clips", sample, clip, None, None) for clip in pieces]
+    assert [row["background consistency", "right"] for row in rows] == [True, False]
 
     sample = sample._replace(target=scene_of(one))
     for text, wrong in {
