@@ -162,6 +162,8 @@ def check_arguments(args, config):
         torch.cuda.set_device(args.device)
     elif args.offload:
         raise InputError("--offload needs a GPU")
+    else:
+        args.device = torch.device(args.device).type  # "cpu:0": safetensors knows no such name
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
 
 
