@@ -98,8 +98,8 @@ ALIGN, ALL = ["connectors", "learnable tokens"], ["connectors", "learnable token
 TOY = {"ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "betas": [0.9, 0.99], "checkpointing": False}
 STAGES = {
     # Stand-ins for what the paper downloads, in the toy world; the numbers are ours.
-    "0-vae": Stage(lr=1.5e-3, steps=6_000, cooldown=4_500, shift=1.0, batch=48, trainable=["VAE"], **TOY),
-    "0-vlm": Stage(lr=1e-3, steps=8_000, cooldown=4_000, shift=1.0, batch=32, trainable=["VLM"], **TOY),
+    "0-vae": Stage(lr=1.5e-3, steps=7_000, cooldown=5_500, shift=1.0, batch=48, trainable=["VAE"], **TOY),
+    "0-vlm": Stage(lr=1e-3, steps=20_000, cooldown=14_000, shift=1.0, batch=32, trainable=["VLM"], **TOY),
     "0-mmdit": Stage(lr=2e-3, steps=4_900, cooldown=1_600, shift=3.0, batch=128,
                      trainable=["native text", "MMDiT"], **TOY | {"drop": 0.1}),
     "1": Stage(lr=1e-4, betas=[0.9, 0.99], steps=20_000, ema=0.0, area=320**2, shift=3.0, trainable=ALIGN,
@@ -179,8 +179,8 @@ TASKS = {
 }
 MIXTURES = {  # the shares are ours: figure 6 shows the paper's as a drawing only
     "0-vae": {"t2i": 0.3, "t2v": 0.7},
-    "0-vlm": {"look": 0.2, "watch": 0.15, "rewrite": 0.1, "rewrite_clip": 0.1}
-    | dict.fromkeys(["t2i", "t2v", "i2v", "motion", "ti2i", "ti2i_ref", "ti2v", "tv2v", "tiv2v"], 0.05),
+    "0-vlm": {"look": 0.08, "watch": 0.06, "rewrite": 0.06, "rewrite_clip": 0.12, "t2i": 0.01, "t2v": 0.01}
+    | {"i2v": 0.01, "motion": 0.02, "ti2i": 0.13, "ti2i_ref": 0.06, "ti2v": 0.22, "tv2v": 0.15, "tiv2v": 0.07},
     "0-mmdit": {"t2i": 0.5, "t2v": 0.5},
     "1": {"t2i": 0.4, "t2v": 0.4, "reconstruction": 0.2},
     "2": {"t2i": 0.4, "t2v": 0.4, "selection": 0.2},
