@@ -179,8 +179,9 @@ TASKS = {
 }
 MIXTURES = {  # the shares are ours: figure 6 shows the paper's as a drawing only
     "0-vae": {"t2i": 0.3, "t2v": 0.7},
-    "0-vlm": {"look": 0.08, "watch": 0.06, "rewrite": 0.06, "rewrite_clip": 0.12, "t2i": 0.01, "t2v": 0.01}
-    | {"i2v": 0.01, "motion": 0.02, "ti2i": 0.13, "ti2i_ref": 0.06, "ti2v": 0.22, "tv2v": 0.15, "tiv2v": 0.07},
+    "0-vlm": {"look": 0.08, "watch": 0.06, "rewrite": 0.06, "rewrite_clip": 0.12, "motion": 0.02}
+    | {"ti2i": 0.13, "ti2i_ref": 0.06, "ti2v": 0.22, "tv2v": 0.15, "tiv2v": 0.07}
+    | {"t2i": 0.01, "t2v": 0.01, "i2v": 0.01},
     "0-mmdit": {"t2i": 0.5, "t2v": 0.5},
     "1": {"t2i": 0.4, "t2v": 0.4, "reconstruction": 0.2},
     "2": {"t2i": 0.4, "t2v": 0.4, "selection": 0.2},
