@@ -98,7 +98,7 @@ ALIGN, ALL = ["connectors", "learnable tokens"], ["connectors", "learnable token
 TOY = {"ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "betas": [0.9, 0.99], "checkpointing": False}
 STAGES = {
     # Stand-ins for what the paper downloads, in the toy world; the numbers are ours.
-    "0-vae": Stage(lr=1.5e-3, steps=7_000, cooldown=5_500, shift=1.0, batch=48, trainable=["VAE"], **TOY),
+    "0-vae": Stage(lr=1.5e-3, steps=8_000, cooldown=6_000, shift=1.0, batch=48, trainable=["VAE"], **TOY),
     "0-vlm": Stage(lr=1e-3, steps=20_000, cooldown=14_000, shift=1.0, batch=32, trainable=["VLM"], **TOY),
     "0-mmdit": Stage(lr=2e-3, steps=4_900, cooldown=1_600, shift=3.0, batch=128,
                      trainable=["native text", "MMDiT"], **TOY | {"drop": 0.1}),
@@ -315,8 +315,8 @@ def trace(item, time):
 
 
 def describe(sample, clip):
-    """A target in words, always the same ones: what the VLM learns to answer. Objects are in reading order, but
-    where there is only a text to expand, in the text's."""
+    """A target in words, always the same ones: what the VLM learns to answer. Objects come in reading order;
+    where there is only a text to expand, in the text's, so that copying is enough."""
     objects = sample.target.objects
     if sample.images or sample.video:
         objects = sorted(objects, key=lambda item: [*CELLS].index(item.cell))
