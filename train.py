@@ -200,8 +200,6 @@ class Batch:
     references: list  # References of batch size B: images, then the video
     target: Tensor  # [B, 3, T, H, W] in [-1, 1]
     answers: list = field(default_factory=list)  # the target in words; the toy world has them
-    latents: Tensor | None = None  # of the target, and below the EncodedReferences: see Objective.encode
-    encoded: list = field(default_factory=list)
     keys: list = field(default_factory=list)  # for each sample, what its noise and its dropout are drawn from
     broken: list = field(default_factory=list)  # (line, problem) of unreadable samples that these replace
 
@@ -771,14 +769,6 @@ class Objective(nn.Module):
         if name == "0-mmdit":
             self.native_text = NativeText(vino.config, vino.mm_encoder.tokenizer)
 
-    @torch.no_grad()
-    def encode(self, batch):
-        """A Batch with all that the frozen encoders make of it, if they are frozen."""
-        if self.name in ("0-vae", "0-vlm"):
-            return batch
-        latents = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
-        return replace(batch, latents=latents, encoded=[self.vino.encode(r) for r in batch.references])
-
     def forward(self, batch, picture=False):
         """The loss of each sample, [B]; or, to look at, what `picture` gives."""
         loss = {"0-vae": self.autoencoding, "0-vlm": self.captioning}.get(self.name, self.flow)
@@ -812,15 +802,18 @@ class Objective(nn.Module):
 
     def flow(self, batch):
         """Rectified flow on the target's tokens (appendix B)."""
-        u, noise = (x.to(batch.latents.device) for x in draw_noise(batch.keys, batch.latents.shape[1:]))
+        with torch.no_grad():
+            data = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
+        u, noise = (x.to(data.device) for x in draw_noise(batch.keys, data.shape[1:]))
         velocity = partial(self.vino.velocity, condition=self.condition(batch))
-        return flow_loss(velocity, batch.latents, noise, u, self.shift)
+        return flow_loss(velocity, data, noise, u, self.shift)
 
     def condition(self, batch):
         if self.name == "0-mmdit":
             return self.native_text(batch.prompts)
+        references = [self.vino.encode(reference) for reference in batch.references]
         # Reconstruction bypasses the VAE: the MMDiT has to find the image in what the VLM says.
-        return self.vino.mm_encoder(batch.prompts, batch.encoded, vae_branch=batch.task != "reconstruction")
+        return self.vino.mm_encoder(batch.prompts, references, vae_branch=batch.task != "reconstruction")
 
     def picture(self, batch):
         """What the model makes of a batch, without guidance -> pixels [B, 3, T, H, W] and B texts."""
@@ -832,7 +825,8 @@ class Objective(nn.Module):
             words = vino.mm_encoder.answer(batch.prompts, references)
         else:
             velocity = partial(vino.velocity, condition=self.condition(batch))
-            noise = draw_noise(batch.keys, batch.latents.shape[1:])[1].to(batch.latents.device)
+            latents = vino.vae.encode(batch.target)
+            noise = draw_noise(batch.keys, latents.shape[1:])[1].to(latents.device)
             output = vino.vae.decode(sample(velocity, noise, PICTURE_STEPS, self.shift))
         return output.float(), words
 
@@ -854,6 +848,14 @@ def checkpointed(block, *inputs):
     forward = partial(type(block).forward, block)
     keep = partial(create_selective_checkpoint_contexts, KERNELS)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=keep)
+
+
+def compiled(forward):
+    """torch.compile, once for all lengths, and with right gradients: at batch 1 and over thousands of tokens
+    torch 2.10 to 2.13 lose those of `Modulation`'s chunks (pytorch issue 193061; 2.8 lacks the option)."""
+    wrong = "triton.mix_order_reduction"
+    options = {wrong: False} if wrong in torch._inductor.list_options() else {}
+    return torch.compile(forward, dynamic=True, options=options)
 
 
 def rank():
@@ -891,15 +893,6 @@ def distribute(objective, how, dtype):
     unsharded = {*objective.vino.mm_encoder.mm_encoder.parameters(), *objective.vino.vae.parameters()}
     unsharded |= {parameter for parameter in objective.parameters() if parameter.numel() == 0}
     return fully_shard(objective, **options, ignored_params=unsharded)
-
-
-def ahead(items):
-    """The items of an endless generator, each made in a thread while the one before is in use."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items)
-        while True:
-            item, coming = coming.result(), thread.submit(next, items)
-            yield item
 
 
 def local(tensor):
@@ -1081,8 +1074,6 @@ class Trainer:
         if found:
             self.restore(found[0], saved)
         self.streams = {task: self.stream(task) for task in self.tasks}
-        batches = self.batches(self.step + 1)
-        self.coming = ahead(batches) if self.device.type == "cuda" else batches
         run = f"stage {args.stage} on {world()} x {self.device.type}: {', '.join(self.tasks)}"
         say(f"{run}; from {found[0] if found else self.weights}")
 
@@ -1092,8 +1083,8 @@ class Trainer:
         for block in self.vino.transformer.blocks():
             if stage.checkpointing:  # inside what is compiled: around it attention would be computed again
                 block.forward = MethodType(checkpointed, block)
-            if args.compile:  # once for all lengths
-                block.forward = torch.compile(block.forward, dynamic=True)
+            if args.compile:
+                block.forward = compiled(block.forward)
         self.objective = Objective(self.vino, args.stage, stage.shift).to(self.device)
         prefixes = tuple(MODULES[name] for name in stage.trainable)
         for name, p in self.named_parameters():  # table 1's last row; the ablated queries are empty
@@ -1147,13 +1138,13 @@ class Trainer:
     def one_step(self, bar):
         """One step, of one task in all processes (appendix B). True if the run has to stop."""
         begin, self.step = time.perf_counter(), self.step + 1
-        loss, broken = 0.0, []
-        for _ in range(self.args.accumulate):
-            batch = next(self.coming)
+        task, loss, broken = self.draw_task(self.step), 0.0, []
+        for micro in range(self.args.accumulate):
+            batch = self.next_batch(task, micro)
             part = self.model(batch).mean() / self.args.accumulate
             part.backward()  # DDP and FSDP average over the processes
             loss, broken = loss + part.detach(), broken + batch.broken
-        task, samples = batch.task, self.stage.batch * self.args.accumulate * world()
+        samples = self.stage.batch * self.args.accumulate * world()
         self.drawn[task] += samples
         norm = self.clip_gradients()
         loss, signals, unreadable = sums(float(loss) / world(), self.signal, len(broken))
@@ -1193,18 +1184,8 @@ class Trainer:
         start = math.ceil(self.drawn[task] / self.stage.batch) * self.stage.batch  # if its size has changed
         return self.source.loader(task, start, self.args.accumulate, self.args.workers)
 
-    def batches(self, first):
-        """This process's Batches from step `first` on. On a GPU they are made in a thread: a small model's
-        step is mostly the work of starting kernels, and this part need not wait for the step before."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # which each thread has for itself
-        for step in count(first):
-            task = self.draw_task(step)
-            for micro in range(self.args.accumulate):
-                yield self.next_batch(task, step, micro)
-
-    def next_batch(self, task, step, micro):
-        """A Batch, with its conditions dropped, and encoded."""
+    def next_batch(self, task, micro):
+        """This process's next Batch of a task, with its conditions dropped."""
         args, size = self.args, self.stage.batch
         try:
             samples = next(self.streams[task])
@@ -1212,12 +1193,11 @@ class Trainer:
             raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
         batch = self.source.collate(task, samples, self.device)
         first = (micro * world() + rank()) * size
-        batch.keys = [(args.seed, step, number) for number in range(first, first + size)]
-        return self.objective.encode(drop_conditions(batch, args.seed, step, self.stage))
+        batch.keys = [(args.seed, self.step, number) for number in range(first, first + size)]
+        return drop_conditions(batch, args.seed, self.step, self.stage)
 
     def close(self):
-        """End the thread and the loaders' processes, which hold NCCL's connections open."""
-        self.coming.close()
+        """End the loaders' processes, which hold NCCL's connections open."""
         self.streams.clear()
 
     def clip_gradients(self):
@@ -1322,7 +1302,6 @@ class Trainer:
                 batch.keys = [("validation", task, number)]
                 if batch.broken:
                     self.report(batch.broken)
-                batch = self.objective.encode(batch)
                 parts.append(self.objective(batch).item())
                 if number == 0:
                     output, words = self.objective(batch, picture=True)
