@@ -19,6 +19,7 @@ more processes, sees the same samples and the same noise, and the step is all of
 
 import argparse
 import json
+import logging
 import math
 import os
 import random
@@ -853,6 +854,8 @@ def checkpointed(block, *inputs):
 def compiled(forward):
     """torch.compile, once for all lengths, and with right gradients: at batch 1 and over thousands of tokens
     torch 2.10 to 2.13 lose those of `Modulation`'s chunks (pytorch issue 193061; 2.8 lacks the option)."""
+    # It warns of operations in place in what is checkpointed; the blocks have none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     wrong = "triton.mix_order_reduction"
     options = {wrong: False} if wrong in torch._inductor.list_options() else {}
     return torch.compile(forward, dynamic=True, options=options)
@@ -1294,7 +1297,7 @@ class Trainer:
     def validate(self):
         """Loss of each task on fixed samples with fixed noise, and a picture: inputs, target, output."""
         losses, rows = {}, []
-        for task in self.tasks:
+        for task in tqdm(self.tasks, desc="validating", unit="task", leave=False, disable=rank() > 0):
             parts = []
             for number in range(VALIDATION):
                 fixed = [self.source.draw(task, -1 - number, -1 - number)]
