@@ -17,6 +17,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -544,13 +545,17 @@ def one_of_two(rank, folder, config, photo, clip, port):
         os.environ["MASTER_PORT"] = f"{next(ports)}"
         given = f"--shard={how}", "--save-every=3", "--checkpointing"
         train.main(flags(config, folder / how, "--batch=1", *given))
+    os.environ["MASTER_PORT"] = f"{next(ports)}"
+    save = Vino.save
+    Vino.save = lambda *inputs: (time.sleep(1), save(*inputs))  # late, for those who do not wait
+    train.main(["--stage=0", f"--config={config}", "--steps=1", "--batch=1"])
 
 
 @pytest.fixture(scope="module")
 def two(config, photo, clip, tmp_path_factory):
     """A folder with what two processes make, which are started once: that takes long."""
     folder = tmp_path_factory.mktemp("two")
-    port = 20_000 + os.getpid() % 2_000 * 5  # five below those that the system hands out to others
+    port = 20_000 + os.getpid() % 2_000 * 6  # six below those that the system hands out to others
     with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
         multiprocessing.spawn(one_of_two, (folder, config, photo, clip, port), nprocs=2)
     return folder
@@ -1343,7 +1348,7 @@ def test_a_step_changes_what_table_1_trains_and_nothing_else(stage, config, tmp_
 
 def test_stage_0_makes_latents_of_unit_spread_and_throws_its_text_encoder_away(config, tmp_path):
     out = tmp_path / "stage0"
-    train.main(["--stage=0", f"--config={config}", f"--out={out}", "--steps=2"])
+    train.main(["--stage=0", f"--config={config}", f"--out={out}/", "--steps=2"])
     paths = [tmp_path / f"stage0-{part}" / "final.safetensors" for part in ("vae", "vlm", "mmdit")]
     first, last = Vino.load(paths[0]), Vino.load(paths[2])
     assert not any("native" in name for name in last.saved_tensors())
@@ -1397,6 +1402,8 @@ def test_the_command_line_wins_over_the_config_and_the_config_over_table_1(confi
                          ({"1": {"steps": "many"}}, "training.1.steps"),
                          ({"1": {"batch": 0}}, "'batch' should be at least 1"),
                          ({"1": {"trainable": ["MMDiT", "VLM"]}}, "VAE and VLM are frozen"),
+                         ({"1": {"trainable": [["MMDiT"]]}}, "unknown module"),
+                         ({"1": {"betas": ["0.9", "0.99"]}}, "'betas' should be two numbers"),
                          ({"1": {"warmup": -1}}, "'warmup' should be at least 0")]:  # fmt: skip
         with pytest.raises(InputError, match=named):
             train.make_stage("1", Config.from_dict({"training": wrong}), {})
@@ -1457,6 +1464,10 @@ def test_a_run_that_is_resumed_is_bit_equal_to_one_that_never_stopped(six_steps,
     assert equal(load_file(out / "final.safetensors"), load_file(tmp_path / "final.safetensors"))
     clock = {"seconds": 0, "peak_mib": 0}
     assert [r | clock for r in records(out)] == [r | clock for r in records(tmp_path)]
+
+
+def test_two_processes_pass_stage_0s_parts_on_to_each_other(two):
+    assert Vino.load(two / "runs/stage0-mmdit/final.safetensors")
 
 
 def test_ddp_zero2_and_fsdp_on_two_processes_are_one_process(two, six_steps, config):
@@ -1711,12 +1722,31 @@ def test_a_signal_saves_and_stops_and_only_the_newest_checkpoints_stay(config, t
     assert names == ["step_00000003", "step_00000004"] and not (tmp_path / "final.safetensors").exists()
 
 
-def test_loader_processes_leave_signals_to_the_main_one():
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    train.ignore_interrupts(0)  # torchrun sends SIGTERM to all of a rank's processes
-    assert all(signal.getsignal(number) is signal.SIG_IGN for number in old)
-    for number, handler in old.items():
-        signal.signal(number, handler)
+def test_loader_processes_get_no_signals_of_the_main_ones_group_and_end_with_it(config, manifest, tmp_path):
+    trainer = start(config, tmp_path / "run", "--workers=1", "--batch=1")
+    assert all([next(stream) for stream in trainer.streams.values()])  # now their processes are set up
+    loaders = multiprocessing.active_children()
+    assert loaders and all(os.getpgid(loader.pid) == loader.pid for loader in loaders)
+    trainer.close()
+    assert not multiprocessing.active_children()
+    data = manifest({line: {"target": "gone.png"} for line in range(1, 101)})
+    more = flags(config, tmp_path / "b", data, "--workers=1", "--batch=1")
+    call = [sys.executable, HERE / "train.py", *more]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60)  # the error is a loader's
+    assert done.returncode == 2 and "no sample of 'ti2i' can be read" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(config, tmp_path, train_refuses):
+    run(config, tmp_path, "--steps=1")
+    for path in tmp_path.glob("checkpoints/step_00000001/*.distcp"):
+        os.truncate(path, 1000)
+    assert "step_00000001 is damaged: remove it" in train_refuses(tmp_path, "--resume", "--steps=2")
+
+
+def test_clip_0_is_no_limit_of_the_gradient(config, tmp_path):
+    none, huge = (run(config, tmp_path / clip, f"--clip={clip}", "--steps=1")[0] for clip in ("0", "1e9"))
+    assert equal(none.tensors(), huge.tensors())
 
 
 def test_a_manifest_keeps_line_separators_inside_its_strings(tmp_path):

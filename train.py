@@ -84,7 +84,7 @@ class Stage:
     shift: float  # of the timesteps
     trainable: list  # keys of MODULES
     weight_decay: float = 0.01
-    clip: float = 1.0  # the gradient's norm
+    clip: float = 1.0  # the gradient's norm; 0 is none
     mixture: dict = field(default_factory=dict)  # task: share; MIXTURES has the defaults
     short: float = 0.5  # share of prompts in their short form (2.3); the numbers are ours
     drop: float = 0.1  # probability to drop the text, the images, the video: each on its own (appendix B)
@@ -128,7 +128,7 @@ def make_stage(number, config, arguments):
     shares = [*stage.mixture.values()]
     if not all(type(share) in (int, float) and share >= 0 for share in shares) or not sum(shares):
         raise InputError("field 'mixture' should be shares, none below 0 and not all of them 0")
-    if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
+    if len(stage.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in stage.betas):
         raise InputError("field 'betas' should be two numbers from 0 to below 1")
     for f in fields(Stage):
         least = int(f.name in ("steps", "area", "batch", "latent_frames"))
@@ -139,7 +139,7 @@ def make_stage(number, config, arguments):
 
 def check_known(what, names, known):
     for name in names:
-        if name not in known:
+        if name not in [*known]:  # which need not be hashable
             raise InputError(f"unknown {what} '{name}'; known: {', '.join(known)}")
 
 
@@ -251,14 +251,16 @@ class Source(Dataset):
                     first = position + (micro * world() + rank()) * self.stage.batch
                     yield [(task, position, index) for index in range(first, first + self.stage.batch)]
 
-        options = {"num_workers": workers, "worker_init_fn": ignore_interrupts}
+        options = {"num_workers": workers, "worker_init_fn": set_up_worker}
         return iter(DataLoader(self, batch_sampler=keys(), collate_fn=list, **options))
 
 
-def ignore_interrupts(worker):
-    """Signals are for the main process, which finishes its step first; torchrun sends them to all."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def set_up_worker(number):
+    """A loader's process. Signals that the keyboard and torchrun send to our process group are for the main
+    process, which finishes its step first; what that one sends still ends this one."""
+    os.setsid()
+    # Tensors travel as files with names: a batch has more than a process may have open ones.
+    torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -826,8 +828,8 @@ class Objective(nn.Module):
             words = vino.mm_encoder.answer(batch.prompts, references)
         else:
             velocity = partial(vino.velocity, condition=self.condition(batch))
-            latents = vino.vae.encode(batch.target)
-            noise = draw_noise(batch.keys, latents.shape[1:])[1].to(latents.device)
+            shape = vino.vae.encode(batch.target).shape[1:]
+            noise = draw_noise(batch.keys, shape)[1].to(batch.target.device)
             output = vino.vae.decode(sample(velocity, noise, PICTURE_STEPS, self.shift))
         return output.float(), words
 
@@ -1093,6 +1095,8 @@ class Trainer:
         for name, p in self.named_parameters():  # table 1's last row; the ablated queries are empty
             unused = name.startswith("transformer." + MMDiT.UNUSED) or p.numel() == 0
             p.requires_grad_(name.startswith(prefixes) and not unused)
+        if not any(p.requires_grad for p in self.objective.parameters()):
+            raise InputError(f"field 'trainable': there is nothing to train in {stage.trainable}")
         self.model = distribute(self.objective, args.shard, self.dtype)
         self.parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
         rule = {"lr": stage.lr, "betas": stage.betas, "weight_decay": stage.weight_decay, "fused": True}
@@ -1136,12 +1140,13 @@ class Trainer:
                     say(f"stopped by a signal after step {self.step}; continue with --resume")
                     return 128 + self.signal
         self.export()
-        return 0
+        [signals] = sums(self.signal)  # nobody goes on before the file is there: stage 0's next part reads it
+        return 128 + self.signal if signals else 0
 
     def one_step(self, bar):
         """One step, of one task in all processes (appendix B). True if the run has to stop."""
         begin, self.step = time.perf_counter(), self.step + 1
-        task, loss, broken = self.draw_task(self.step), 0.0, []
+        task, loss, broken = self.draw_task(), 0.0, []
         for micro in range(self.args.accumulate):
             batch = self.next_batch(task, micro)
             part = self.model(batch).mean() / self.args.accumulate
@@ -1177,10 +1182,10 @@ class Trainer:
         left = stage.steps - self.step + 1
         return stage.lr * min(1, self.step / max(1, stage.warmup), left / max(1, stage.cooldown))
 
-    def draw_task(self, step):
-        """A step's task: all processes draw the same one, so that they do equal work (appendix B)."""
+    def draw_task(self):
+        """The step's task: all processes draw the same one, so that they do equal work (appendix B)."""
         shares = [self.stage.mixture[task] for task in self.tasks]
-        return chance(self.args.seed, step, "task").choices(self.tasks, shares)[0]
+        return chance(self.args.seed, self.step, "task").choices(self.tasks, shares)[0]
 
     def stream(self, task):
         """A task's samples that have not been used."""
@@ -1189,15 +1194,15 @@ class Trainer:
 
     def next_batch(self, task, micro):
         """This process's next Batch of a task, with its conditions dropped."""
-        args, size = self.args, self.stage.batch
+        seed, size = self.args.seed, self.stage.batch
         try:
             samples = next(self.streams[task])
         except InputError as error:  # a loader's process puts its traceback around the message
             raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
         batch = self.source.collate(task, samples, self.device)
         first = (micro * world() + rank()) * size
-        batch.keys = [(args.seed, self.step, number) for number in range(first, first + size)]
-        return drop_conditions(batch, args.seed, self.step, self.stage)
+        batch.keys = [(seed, self.step, number) for number in range(first, first + size)]
+        return drop_conditions(batch, seed, self.step, self.stage)
 
     def close(self):
         """End the loaders' processes, which hold NCCL's connections open."""
@@ -1209,7 +1214,8 @@ class Trainer:
         for parameter in self.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.stage.clip)).item()
+        most = self.stage.clip or math.inf
+        return whole(nn.utils.clip_grad_norm_(self.parameters.values(), most)).item()
 
     @torch.no_grad()
     def update_ema(self):
@@ -1261,7 +1267,7 @@ class Trainer:
     def save(self):
         """Write a checkpoint, which gets its name when it is complete, and remove all but the newest."""
         folder, state = self.out / "checkpoints", {"step": self.step, "drawn": self.drawn}
-        state |= {"failed": self.failed, "broken": self.broken, "weights": self.weights}
+        state |= {"broken": self.broken, "weights": self.weights}
         state |= {"identity": self.identity(), "stage": asdict(self.stage)}
         final = folder / f"step_{self.step:08d}"
         partial = final.with_suffix(".partial")
@@ -1289,8 +1295,11 @@ class Trainer:
         for name, value in asdict(self.stage).items():
             if value != saved["stage"][name]:
                 say(f"going on with {name} {value}; until here it was {saved['stage'][name]}")
-        dcp.load(self.tensors(), checkpoint_id=path, no_dist=not dist.is_initialized())  # in place
-        self.step, self.failed, self.drawn = saved["step"], saved["failed"], self.drawn | saved["drawn"]
+        try:
+            dcp.load(self.tensors(), checkpoint_id=path, no_dist=not dist.is_initialized())  # in place
+        except (OSError, EOFError, RuntimeError, CheckpointException) as error:
+            raise InputError(f"{path} is damaged: remove it, and --resume takes the one before") from error
+        self.step, self.drawn = saved["step"], self.drawn | saved["drawn"]
         self.broken = {int(line): problem for line, problem in saved["broken"].items()}
 
     @torch.no_grad()
@@ -1461,9 +1470,9 @@ def parse_arguments(arguments):
 def parts(args):
     """The runs that the command asks for: one, or stage 0's three, each from what the one before has made."""
     if args.stage == "0":
-        folder, weights = args.out or "runs/stage0", args.weights
+        folder, weights = Path(args.out or "runs/stage0"), args.weights
         for name in [*STAGES][:3]:
-            args.stage, args.out = name, folder + name[1:]
+            args.stage, args.out = name, f"{folder}{name[1:]}"
             args.weights, weights = weights, f"{args.out}/final.safetensors"
             yield args
     else:
