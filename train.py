@@ -139,7 +139,7 @@ def make_stage(number, config, arguments):
 
 def check_known(what, names, known):
     for name in names:
-        if name not in [*known]:  # which need not be hashable
+        if name not in [*known]:  # a list: what stands in a JSON file need not be hashable
             raise InputError(f"unknown {what} '{name}'; known: {', '.join(known)}")
 
 
