@@ -318,17 +318,17 @@ def check_memory(size, job, mmdit):
 
 
 def pays_to_compile(jobs, config):
-    """Does torch.compile save more seconds than it takes? On an H100 it took up to 16 a process, and the full
-    model then needed about 11 microseconds less for each token of a forward, clip or image: for what stands
+    """Does torch.compile save more seconds than it takes? On H100s it took up to 25 a process, and the full
+    model then needed about 9 microseconds less for each token of a forward, clip or image: for what stands
     between the matrix products, which grows with width and depth. References count nothing here."""
     mmdit, saved = config.mmdit, 0.0
     for job in jobs:
         frames, height, width = requested_size(job, config.sampling)
         tokens = ((frames - 1) // 4 + 1) * height * width // 256
         forwards = 2 * len(job.outputs) * (job.steps or config.sampling.steps)  # two guidance branches
-        saved += 11e-6 * tokens * forwards
+        saved += 9e-6 * tokens * forwards
     depth = mmdit.num_layers + mmdit.num_single_layers
-    return saved * mmdit.width * depth / (3072 * 60) > 16
+    return saved * mmdit.width * depth / (3072 * 60) > 25
 
 
 def check_writable(path, overwrite):

@@ -541,6 +541,7 @@ def one_of_two(rank, folder, config, photo, clip, port):
         torch.save(pixels, "pixels.pt")
     os.environ["MASTER_PORT"] = f"{next(ports)}"
     sample_py("--prompt", "x", "--cfg-text", "1", "--out", "two.png", "--profile")
+    train.SHORT = 0
     for how in SHARDS:
         os.environ["MASTER_PORT"] = f"{next(ports)}"
         given = f"--shard={how}", "--save-every=3", "--checkpointing"
@@ -1488,7 +1489,7 @@ def test_ddp_zero2_and_fsdp_on_two_processes_are_one_process(two, six_steps, con
         assert both["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
-def test_checkpointing_gives_the_same_gradients_and_computes_attention_once(config):
+def test_checkpointing_gives_the_same_gradients_and_computes_attention_once(config, monkeypatch):
     model = vino.Vino.load("random", Config.from_file(config)).transformer.requires_grad_(True)
     condition = vino.Condition(torch.randn(2, 9, model.config.text_embed_dim), None, [], [])
     latents, t = torch.randn(2, 16, 1, 4, 4), torch.rand(2)
@@ -1512,6 +1513,8 @@ def test_checkpointing_gives_the_same_gradients_and_computes_attention_once(conf
     plain, expected = gradients()
     for block in model.blocks():
         block.forward = MethodType(train.checkpointed, block)
+    assert gradients()[0].products == plain.products  # of a short sequence all is kept
+    monkeypatch.setattr(train, "SHORT", 0)
     kept, actual = gradients()
     assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
     assert kept.attentions == plain.attentions and kept.products >= 1.5 * plain.products
@@ -1545,6 +1548,15 @@ def test_training_leaves_cudnn_to_long_sequences():
         assert is_allowed(100)
 
 
+def test_the_vlm_leaves_cudnn_out_as_every_prompt_has_a_length_of_its_own(config):
+    encoder, allowed = Vino.load("random", Config.from_file(config)).mm_encoder, []
+    watch = lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+    encoder.mm_encoder.model.language_model.layers[0].register_forward_pre_hook(watch)
+    with torch.no_grad():
+        encoder.read(["a red circle"], [])
+    assert allowed == [False, False]  # the prompt, then the queries
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
 def test_averages_in_the_hosts_memory_are_pinned_and_equal_those_on_the_gpu(config, tmp_path):
@@ -1560,7 +1572,8 @@ def test_averages_in_the_hosts_memory_are_pinned_and_equal_those_on_the_gpu(conf
     assert equal(*averages) and all(average.is_pinned() for average in trainer.ema.values())
 
 
-def test_accumulation_is_a_larger_batch(six_steps, config, tmp_path):
+def test_accumulation_is_a_larger_batch(six_steps, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHORT", 0)
     run(config, tmp_path, "--batch=1", "--accumulate=2", "--steps=2", "--checkpointing")
     for one, two in zip(records(six_steps[1]), records(tmp_path)[:2]):
         assert math.isclose(one["loss"], two["loss"], rel_tol=1e-5)

@@ -845,10 +845,16 @@ KERNELS = [  # of attention
 ]
 
 
+SHORT = 4096  # tokens: to keep all of so few takes no more memory than the little of the longest ones
+
+
 def checkpointed(block, *inputs):
     """A block's forward that keeps its inputs and what its attention gives, and computes all else again for
-    the backward. Attention is most of a long sequence's work, and its result little of the memory."""
+    the backward. Attention is most of a long sequence's work, and its result little of the memory. Of `SHORT`
+    sequences all is kept."""
     forward = partial(type(block).forward, block)
+    if inputs[0].shape[:2].numel() < SHORT:
+        return forward(*inputs)
     keep = partial(create_selective_checkpoint_contexts, KERNELS)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=keep)
 
@@ -1105,7 +1111,7 @@ class Trainer:
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
         to_host = args.ema_on_host and self.device.type == "cuda"
-        self.ema, self.ema_streams = {}, [torch.cuda.Stream() for _ in range(2)] if to_host else []
+        self.ema, self.ema_streams = {}, [torch.cuda.Stream() for _ in range(3)] if to_host else []
         for name, p in self.parameters.items() if stage.ema else ():
             self.ema[name] = p.detach().cpu() if to_host else p.detach().clone()
             if to_host:  # pinned, so that copies keep nobody waiting; torch takes up to half as much again
@@ -1219,8 +1225,8 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        """Averages in the host's memory visit the GPU while it computes the next step: on two streams, so
-        that one comes while another one goes."""
+        """Averages in the host's memory visit the GPU while it computes the next step: on three streams, so
+        that one comes while another one goes. On two, all weights take one and all biases the other."""
         pairs = [(local(average), local(self.parameters[name])) for name, average in self.ema.items()]
         if pairs and not self.ema_streams:
             torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - self.stage.ema)

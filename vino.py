@@ -454,12 +454,15 @@ def template(tokenizer, references, merge):
     return Prompt(ids, torch.tensor(positions).T, starts, ends), before, [token for token, _, _ in behind]
 
 
+# Attention kernels that take any length as it comes: all but cuDNN's.
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def attention_kernels(length):
     """Context in which attention over fewer than 8192 tokens has no cuDNN kernel while gradients are wanted:
     it spends up to two seconds on each new length, and in training each step has another. Without gradients,
     where all steps are alike, it is the fastest; over 15,000 tokens with them, too (torch 2.11, H200)."""
-    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(allowed) if torch.is_grad_enabled() and length < 8192 else nullcontext()
+    return sdpa_kernel(ANY_LENGTH) if torch.is_grad_enabled() and length < 8192 else nullcontext()
 
 
 class Connector(nn.Module):
@@ -557,7 +560,7 @@ class MultiModalEncoder(nn.Module):
         order = cache.get_seq_length() + torch.arange(embeds.shape[1], device=embeds.device)
         order = order.expand(1, embeds.shape[0], -1)  # with this fourth row the mask is plainly causal
         watched = model.layers[-1].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-        with watched, attention_kernels(order.shape[-1]):
+        with watched, sdpa_kernel(ANY_LENGTH):  # each prompt has a length of its own
             output = model(
                 inputs_embeds=embeds,
                 position_ids=torch.cat([order, positions]),
@@ -613,6 +616,12 @@ def frame_attention(attention, x, cu_seqlens, position_embeddings, **_):
     return attention.proj(attend(*[part.unflatten(0, (frames, -1)) for part in (q, k, v)]).flatten(0, 1))
 
 
+def rms_norm(norm, x):
+    """The language model's norm in one kernel. transformers' takes eight, which is most of a prompt's time on a
+    GPU: there launching them takes longer than computing."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
 def build_vlm(config):
     """Qwen3-VL of the config's sizes, with random weights; transformers knows the architecture."""
     text, vision = asdict(config.text), asdict(config.vision)
@@ -625,6 +634,9 @@ def build_vlm(config):
     vlm = Qwen3VLForConditionalGeneration(both).eval()
     for block in vlm.model.visual.blocks:
         block.attn.forward = partial(frame_attention, block.attn)
+    for module in vlm.model.language_model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = partial(rms_norm, module)
     return vlm
 
 
