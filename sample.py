@@ -169,8 +169,8 @@ def check_arguments(args, config):
 
 def choose_weights(args):
     """What --weights and --config mean -> (weights, Config, tokenizer), without reading a tensor."""
-    config = Config.from_file(args.config) if args.config else None
     weights = args.weights or str(TINY)
+    config = vino.read_config(args.config, weights) if args.config else None
     if weights == "random":
         return weights, config or Config.from_file(HERE / "tiny_config.json"), vino.byte_tokenizer()
     if weights.endswith(".safetensors"):
@@ -198,7 +198,8 @@ def single_job(args):
         slug = re.sub(r"[\W_]+", "-", args.prompt.lower())[:48].strip("-") or "vino"
         out = out / f"{slug}{legal[0]}"
     elif suffix not in legal:
-        raise InputError(f"--out {out}: {TASKS[args.task]} goes to a folder or a {' or '.join(legal)}")
+        named = " or ".join(legal)
+        raise InputError(f"--out {out}: {TASKS[args.task]} goes to a {named}, or a folder that exists")
     seeds, numbered = range(args.seed, args.seed + args.num), is_folder or args.num > 1
     args.outputs = {seed: out.with_stem(f"{out.stem}_{seed}") if numbered else out for seed in seeds}
     return checked(args)
@@ -253,6 +254,10 @@ def checked(job):
         raise InputError("the prompt is empty")
     if job.base and len(job.image) < 2:
         raise InputError("--base needs two images or more: the last is edited, the others guide")
+    for name, given in (("Image", len(job.image)), ("Video", int(bool(job.video)))):
+        for number in re.findall(rf"\b{name} (\d+)", job.prompt):
+            if int(number) > given:
+                job.notices.append(f"the prompt names {name} {number}, and {given} are given")
     return job
 
 
@@ -300,6 +305,7 @@ def prepare(job, config):
     video = Reference.video(Clip(job.video), frames, config.vision, area) if job.video else None
     if is_edit:
         size = (video or images[-1]).pixels.shape[3:]
+        check_memory((frames, *size), job, config.mmdit)  # a very wide picture is larger than asked for
     frames = video.pixels.shape[2] if video else frames
     return images, video, (frames, *size)
 
@@ -336,7 +342,10 @@ def check_writable(path, overwrite):
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; --overwrite replaces it")
     partial = Path(f"{path}.{rank()}.partial")
-    partial.touch()
+    try:
+        partial.touch()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
     partial.unlink()
 
 
@@ -409,18 +418,21 @@ def write(path, pixels, fps, facts):
     appears under its name when it is complete."""
     frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
     comment, partial = json.dumps(facts, ensure_ascii=False), Path(f"{path}.partial")
-    if path.suffix.lower() == ".mp4":
-        write_mp4(partial, frames, fps, comment)
-    elif path.suffix.lower() == ".gif":
-        first, *rest = map(Image.fromarray, frames)
-        timing = {"duration": 1000 / fps, "loop": 0, "comment": comment.encode()}
-        first.save(partial, "GIF", save_all=True, append_images=rest, **timing)
-    else:
-        info = PngInfo()
-        for name, value in facts.items():
-            info.add_text(name, str(value))
-        Image.fromarray(frames[0]).save(partial, "PNG", pnginfo=info)
-    partial.replace(path)
+    try:
+        if path.suffix.lower() == ".mp4":
+            write_mp4(partial, frames, fps, comment)
+        elif path.suffix.lower() == ".gif":
+            first, *rest = map(Image.fromarray, frames)
+            timing = {"duration": 1000 / fps, "loop": 0, "comment": comment.encode()}
+            first.save(partial, "GIF", save_all=True, append_images=rest, **timing)
+        else:
+            info = PngInfo()
+            for name, value in facts.items():
+                info.add_text(name, str(value))
+            Image.fromarray(frames[0]).save(partial, "PNG", pnginfo=info)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # of a write that failed
 
 
 def write_mp4(path, frames, fps, comment):
@@ -936,7 +948,7 @@ class Profile:
 
 def run_all(jobs, config, tokenizer, load):
     """Do the jobs of --tasks -> whether any failed; these are named at the end."""
-    Path(jobs[0].out).mkdir(exist_ok=True)
+    Path(jobs[0].out).mkdir(parents=True, exist_ok=True)
     load()
     failed = []
     for position, job in enumerate(jobs, 1):

@@ -60,7 +60,7 @@ from transformers import DynamicCache
 from vino import (
     REWRITE_PROMPT, SYSTEM_PROMPT, Condition, Config, EncodedReference, InputError, MMDiT, Modulation,
     Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, fit_clip, flow_loss, letterbox, normalize,
-    override, patchify, read_frames, read_image, read_json, sample, to_frames, vlm_size,
+    override, patchify, read_config, read_frames, read_image, read_json, sample, to_frames, vlm_size,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -108,6 +108,10 @@ STAGES = {
     "2": Stage(lr=4e-5, betas=[0.9, 0.95], steps=4_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
     "3": Stage(lr=2e-5, betas=[0.9, 0.95], steps=16_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
 }  # fmt: skip
+LIMITS = {  # least and most of a field, where these are not 0 and infinity
+    "steps": (1, math.inf), "batch": (1, math.inf), "latent_frames": (1, math.inf), "area": (256, math.inf),
+    "shift": (0.01, math.inf), "short": (0, 1), "drop": (0, 1), "ema": (0, 1),
+}  # fmt: skip
 MODULES = {  # how the names of their parameters begin
     "connectors": "mm_encoder.connector", "learnable tokens": "mm_encoder.metaquery", "MMDiT": "transformer.",
     "VAE": "vae.", "VLM": "mm_encoder.mm_encoder.", "native text": "native_text.",
@@ -131,9 +135,10 @@ def make_stage(number, config, arguments):
     if len(stage.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in stage.betas):
         raise InputError("field 'betas' should be two numbers from 0 to below 1")
     for f in fields(Stage):
-        least = int(f.name in ("steps", "area", "batch", "latent_frames"))
-        if f.type in (int, float) and not getattr(stage, f.name) >= least:  # nan is not
-            raise InputError(f"field '{f.name}' should be at least {least}")
+        least, most = LIMITS.get(f.name, (0, math.inf))
+        if f.type in (int, float) and not least <= getattr(stage, f.name) <= most:  # nan is not
+            limit = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
+            raise InputError(f"field '{f.name}' should be {limit}")
     return stage
 
 
@@ -845,7 +850,7 @@ KERNELS = [  # of attention
 ]
 
 
-SHORT = 4096  # tokens: to keep all of so few takes no more memory than the little of the longest ones
+SHORT = 4096  # tokens: all of so few takes as much (36 GiB at full size) as the little of the longest ones
 
 
 def checkpointed(block, *inputs):
@@ -864,6 +869,9 @@ def compiled(forward):
     torch 2.10 to 2.13 lose those of `Modulation`'s chunks (pytorch issue 193061; 2.8 lacks the option)."""
     # It warns of operations in place in what is checkpointed; the blocks have none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    # All blocks share one function's graphs: of both kinds, for short, long and longest sequences, with masks
+    # and without, with gradients and without. After eight of them torch would go on without compiling.
+    torch._dynamo.config.recompile_limit = 64
     wrong = "triton.mix_order_reduction"
     options = {wrong: False} if wrong in torch._inductor.list_options() else {}
     return torch.compile(forward, dynamic=True, options=options)
@@ -1087,6 +1095,10 @@ class Trainer:
         self.streams = {task: self.stream(task) for task in self.tasks}
         run = f"stage {args.stage} on {world()} x {self.device.type}: {', '.join(self.tasks)}"
         say(f"{run}; from {found[0] if found else self.weights}")
+        if args.resume and not found:
+            say(f"--resume: {self.out} has no checkpoint, so this run begins anew")
+        if self.stage.warmup + self.stage.cooldown > self.stage.steps:
+            say(f"the learning rate stays below {self.stage.lr}: warmup and cooldown are longer than the run")
 
     def set_up(self):
         """The module to train, its parameters by name, AdamW, and the averaged weights."""
@@ -1130,7 +1142,9 @@ class Trainer:
         if rank() == 0:  # drop what came after the checkpoint
             self.out.mkdir(parents=True, exist_ok=True)
             records = [r for r in read_metrics(self.out) if r["step"] <= self.step]
-            (self.out / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+            partial = self.out / "metrics.partial"
+            partial.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+            partial.replace(self.out / "metrics.jsonl")
         with tqdm(total=self.stage.steps, initial=self.step, unit="step", disable=rank() > 0) as bar:
             while self.step < self.stage.steps:
                 stop = self.one_step(bar)
@@ -1304,7 +1318,8 @@ class Trainer:
         try:
             dcp.load(self.tensors(), checkpoint_id=path, no_dist=not dist.is_initialized())  # in place
         except (OSError, EOFError, RuntimeError, CheckpointException) as error:
-            raise InputError(f"{path} is damaged: remove it, and --resume takes the one before") from error
+            advice = "if it is damaged, remove it, and --resume takes the one before"
+            raise InputError(f"cannot read {path}: {one_line(error)[-200:]}; {advice}") from error
         self.step, self.drawn = saved["step"], self.drawn | saved["drawn"]
         self.broken = {int(line): problem for line, problem in saved["broken"].items()}
 
@@ -1402,8 +1417,8 @@ def default_weights(stage, out):
 
 def build(args, weights, device, dtype):
     """The model that the run starts from. The ablations (3.4) take away what its weights may have."""
-    path = args.config or (HERE / "tiny_config.json" if weights == "random" else None)
-    vino = Vino.load(weights, Config.from_file(path) if path else None, device, dtype)
+    path = args.config or (HERE / "tiny_config.json" if weights in ("random", str(TINY)) else None)
+    vino = Vino.load(weights, read_config(path, weights) if path else None, device, dtype)
     if args.stage.startswith("0-") and weights == "random":
         vino.mm_encoder.tokenizer = toy_tokenizer()
         quieten(vino)
@@ -1439,13 +1454,14 @@ def bounded(kind, least, most):
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    usage = "train.py --stage {0,0-vae,0-vlm,0-mmdit,1,2,3} [options]"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n\n")[0])
     add, flag = parser.add_argument, {"action": "store_true"}
     stages = "column of table 1; 0 makes the tiny model that the others start from, in the three steps 0-..."
     add("--stage", required=True, choices=["0", *STAGES], help=stages)
     start = "a .safetensors, a folder of public weights, 'hub' or 'random'"
     add("--weights", help=f"{start}; by default the export of the stage before, else assets/tiny.safetensors")
-    add("--config", help="JSON of a Config; by default the weights' own")
+    add("--config", help="JSON with the fields of the weights' Config to change")
     add("--data", help="JSON lines, one sample a line; by default the toy world")
     add("--out", help="folder for all output; by default runs/stageN")
     add("--resume", **flag, help="continue from the newest complete checkpoint in --out")
@@ -1458,17 +1474,19 @@ def parse_arguments(arguments):
     add("--ema-on-host", **flag, help="keep the averaged weights in the host's memory")
     add("--compile", **flag, help="torch.compile the MMDiT's blocks")
     workers = int(torch.cuda.is_available())
-    add("--workers", type=bounded(int, 0, 1000), default=workers, help="loader processes of each task")
-    add("--save-every", type=positive, default=500, help="steps between checkpoints")
-    add("--keep", type=positive, default=3, help="checkpoints to keep")
-    add("--validate-every", type=positive, default=500, help="steps between validations, with their pictures")
+    loaders = "loader processes of each task (default: %(default)s)"
+    add("--workers", type=bounded(int, 0, 1000), default=workers, help=loaders)
+    add("--save-every", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
+    add("--keep", type=positive, default=3, help="checkpoints to keep (default: %(default)s)")
+    pictures = "steps between validations, with their pictures (default: %(default)s)"
+    add("--validate-every", type=positive, default=500, help=pictures)
     add("--no-queries", **flag, help="ablation: no learnable tokens (figure 8)")
     add("--no-boundary-tokens", **flag, help="ablation: no tokens between latents (figure 11)")
     table = parser.add_argument_group("table 1", "changes to the stage's column")
     for f in fields(Stage):
         if f.type in (int, float):
-            table.add_argument("--" + f.name.replace("_", "-"), type=f.type)
-    table.add_argument("--betas", type=float, nargs=2)
+            table.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X")
+    table.add_argument("--betas", type=float, nargs=2, metavar="X")
     table.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
     return parser.parse_args(arguments)
 

@@ -166,9 +166,10 @@ class Config:
     training: dict = field(default_factory=dict)  # changes to table 1, by stage: see train.py
 
     @classmethod
-    def from_dict(cls, overrides):
-        """The defaults with `overrides`. An unknown field or a wrong type is an InputError that names it."""
-        config = cls()
+    def from_dict(cls, overrides, base=None):
+        """The defaults, or `base` in place, with `overrides`. An unknown field or a wrong type is an
+        InputError that names it."""
+        config = base or cls()
         try:
             override(config, overrides, "")
         except InputError as error:
@@ -617,9 +618,9 @@ def frame_attention(attention, x, cu_seqlens, position_embeddings, **_):
 
 
 def rms_norm(norm, x):
-    """The language model's norm in one kernel. transformers' takes eight, which is most of a prompt's time on a
-    GPU: there launching them takes longer than computing."""
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    """The language model's norm in one kernel. transformers' takes eight, and to launch them takes most of a
+    prompt's time on a GPU."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
 def build_vlm(config):
@@ -1553,7 +1554,10 @@ class Vino(nn.Module):
         tensors = tensors or self.saved_tensors()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         tokenizer, unfinished = self.mm_encoder.tokenizer.to_str(), Path(f"{path}.partial")
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         save_file(tensors, unfinished, {"config": json.dumps(asdict(self.config)), "tokenizer": tokenizer})
+        unfinished.chmod(mode)  # safetensors lets nobody but the owner read it
         unfinished.replace(path)
 
     def offload(self, device):
@@ -1706,7 +1710,10 @@ def read_image(path):
     existing(path)
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGBA")
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # 16-bit gray, which `convert` would clip
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            image = image.convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not an image, or is cut short") from error
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -1761,6 +1768,18 @@ def read_metadata(path, config):
         for section in ("text", "vision", "mmdit", "vae", "num_queries"):
             agree(ours[section], theirs[section], section, path)
     return config or saved, Tokenizer.from_str(metadata["tokenizer"])
+
+
+def read_config(path, weights):
+    """The Config of a JSON file for `weights`: what it does not name is as these have it, if they are a
+    `.safetensors` of this project, and else as the paper has it."""
+    base = read_metadata(weights, None)[0] if Path(weights).suffix == ".safetensors" else Config()
+    training = base.training
+    config = Config.from_dict(read_json(path), base)
+    for stage, changes in training.items():
+        own = config.training.setdefault(stage, {})
+        config.training[stage] = changes | own if isinstance(own, dict) else own
+    return config
 
 
 def agree(ours, theirs, name, path):
