@@ -254,10 +254,6 @@ def checked(job):
         raise InputError("the prompt is empty")
     if job.base and len(job.image) < 2:
         raise InputError("--base needs two images or more: the last is edited, the others guide")
-    for name, given in (("Image", len(job.image)), ("Video", int(bool(job.video)))):
-        for number in re.findall(rf"\b{name} (\d+)", job.prompt):
-            if int(number) > given:
-                job.notices.append(f"the prompt names {name} {number}, and {given} are given")
     return job
 
 
@@ -324,7 +320,7 @@ def check_memory(size, job, mmdit):
 
 
 def pays_to_compile(jobs, config):
-    """Does torch.compile save more seconds than it takes? On H100s it took up to 25 a process, and the full
+    """Does torch.compile save more seconds than it takes? On an H100 it took up to 25 a process, and the full
     model then needed about 9 microseconds less for each token of a forward, clip or image: for what stands
     between the matrix products, which grows with width and depth. References count nothing here."""
     mmdit, saved = config.mmdit, 0.0
@@ -391,6 +387,9 @@ def run(job, config, tokenizer, load):
     for word in strange_words(job.prompt, tokenizer)[:1]:
         told = "these weights know coloured shapes only; the README tells how to get the real ones"
         job.notices.append(f"'{word}' means nothing to this model: {told}")
+    given = {f"Image {k}" for k in range(1, len(images) + 1)} | ({"Video 1"} if video else set())
+    for name in sorted({*re.findall(r"\b(?:Image|Video) \d+", job.prompt)} - given):
+        job.notices.append(f"the prompt names {name}, which is not given")
     while job.notices:  # now that nothing is left that could be one line of error
         say(job.notices.pop(0))
     if rewrites(job, config, references):

@@ -1056,6 +1056,12 @@ def test_a_profile_counts_the_calls_of_each_phase_and_leaves_the_picture_alone(m
     assert (np.array(Image.open("a.png")) == np.array(Image.open("b.png"))).all()
 
 
+def test_the_shipped_weights_hold_the_tiny_config():
+    saved, ours = vino.read_metadata(train.TINY, None)[0], Config.from_file(HERE / "tiny_config.json")
+    ours.vae.scaling_factor = saved.vae.scaling_factor  # is measured in training
+    assert saved == ours
+
+
 def test_a_config_file_changes_what_it_names_and_nothing_else(tmp_path):
     path, saved = tmp_path / "some.json", vino.read_metadata(train.TINY, None)[0]
     path.write_text('{"sampling": {"steps": 2}, "training": {"3": {"mixture": {"t2v": 1.0}}}}')
@@ -1068,7 +1074,7 @@ def test_a_config_file_changes_what_it_names_and_nothing_else(tmp_path):
 
 def test_a_reference_that_the_prompt_names_and_nobody_gave_gets_a_line(media, capsys):
     sample_py("--prompt", "Make the circle in Image 1 as in Image 2.", "--image", "wide.png", "--explain")
-    assert "the prompt names Image 2, and 1 are given" in capsys.readouterr().err
+    assert "the prompt names Image 2, which is not given" in capsys.readouterr().err
 
 
 def test_compiled_blocks_are_one_graph_for_all_lengths_and_give_the_same_picture(media, monkeypatch):

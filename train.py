@@ -1417,7 +1417,7 @@ def default_weights(stage, out):
 
 def build(args, weights, device, dtype):
     """The model that the run starts from. The ablations (3.4) take away what its weights may have."""
-    path = args.config or (HERE / "tiny_config.json" if weights in ("random", str(TINY)) else None)
+    path = args.config or (HERE / "tiny_config.json" if weights == "random" else None)
     vino = Vino.load(weights, read_config(path, weights) if path else None, device, dtype)
     if args.stage.startswith("0-") and weights == "random":
         vino.mm_encoder.tokenizer = toy_tokenizer()
@@ -1454,8 +1454,8 @@ def bounded(kind, least, most):
 
 
 def parse_arguments(arguments):
-    usage = "train.py --stage {0,0-vae,0-vlm,0-mmdit,1,2,3} [options]"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n\n")[0])
+    about = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser("train.py", "train.py --stage STAGE [options]", about)
     add, flag = parser.add_argument, {"action": "store_true"}
     stages = "column of table 1; 0 makes the tiny model that the others start from, in the three steps 0-..."
     add("--stage", required=True, choices=["0", *STAGES], help=stages)
