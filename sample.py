@@ -969,8 +969,7 @@ def load_model(weights, config, args, profile):
         if args.offload:
             model.offload(args.device)
     for block in model.transformer.blocks() if args.compile else ():
-        # Once for all lengths; without the block's hooks, which fetch offloaded weights.
-        block.forward = torch.compile(block.forward, dynamic=True)
+        block.forward = train.compiled(block.forward)  # without its hooks, which fetch offloaded weights
     if profile:
         profile.watch(model)
     return model
