@@ -99,7 +99,7 @@ ALIGN, ALL = ["connectors", "learnable tokens"], ["connectors", "learnable token
 TOY = {"ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "betas": [0.9, 0.99], "checkpointing": False}
 STAGES = {
     # Stand-ins for what the paper downloads, in the toy world; the numbers are ours.
-    "0-vae": Stage(lr=1.5e-3, steps=8_000, cooldown=6_000, shift=1.0, batch=48, trainable=["VAE"], **TOY),
+    "0-vae": Stage(lr=1.5e-3, steps=9_600, cooldown=6_000, shift=1.0, batch=48, trainable=["VAE"], **TOY),
     "0-vlm": Stage(lr=1e-3, steps=20_000, cooldown=14_000, shift=1.0, batch=32, trainable=["VLM"], **TOY),
     "0-mmdit": Stage(lr=2e-3, steps=4_900, cooldown=1_600, shift=3.0, batch=128,
                      trainable=["native text", "MMDiT"], **TOY | {"drop": 0.1}),
@@ -1023,11 +1023,11 @@ def gallery(columns, path, tasks=(), device="cpu"):
     config, rows = models[0][0].config, []
     stage = make_stage("3", config, {})
     toys = ToyWorld(stage, config, seed=6)
-    for number, task in enumerate(tasks or stage.mixture):
+    for number, task in enumerate(tqdm(tasks or stage.mixture, unit="row")):
         batch = toys.collate(task, [toys.draw(task, 1, 1 + number)], torch.device(device))
         if task in ("t2i", "t2v", "i2v"):
             batch.prompts = batch.short_prompts
-        outputs = [generate(model, batch, progress=True, **settings) for model, settings in models]
+        outputs = [generate(model, batch, **settings) for model, settings in models]
         shown = [*[reference.pixels for reference in batch.references], batch.target, *outputs]
         rows.append((f"{task}: {batch.prompts[0]}", [panels(pixels[0]) for pixels in shown]))
     contact_sheet(rows).save(path)
