@@ -804,12 +804,12 @@ def measure(suites, samples, world, device, ways):
 
 
 def interval(values):
-    """Mean and 95% interval as text: Wilson's for a rate, 1.96 standard errors for a number."""
+    """Mean and 95% interval as text: Wilson's for a rate, 1.96 standard errors for numbers. One has none."""
     if not values:
         return ""
     n, mean, z = len(values), sum(values) / len(values), 1.96
     if not isinstance(values[0], bool):
-        return f"{mean:.2f} ± {z * np.std(values) / math.sqrt(n):.2f}"
+        return f"{mean:.2f}" + (f" ± {z * np.std(values) / math.sqrt(n):.2f}" if n > 1 else "")
     middle, scale = mean + z**2 / (2 * n), 1 + z**2 / n
     half = z * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
     return f"{mean:.1%} ({abs(middle - half) / scale:.1%} to {(middle + half) / scale:.1%})"  # abs: no -0.0

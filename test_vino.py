@@ -1264,6 +1264,7 @@ def test_a_benchmark_writes_its_table_with_intervals_and_its_picture(media, caps
     edits = "--benchmark vbench gedit vbench --samples 1 --steps 1 --rewrite --overwrite"  # a suite twice
     assert sample_py(*edits.split()) == 0 and told[0] == "long" and "long" not in told[1:]
     assert command_line.interval([True] * 9 + [False]) == "90.0% (59.6% to 98.2%)"  # Wilson's, by hand
+    assert [command_line.interval(dB) for dB in ([30.0], [30.0, 32.0])] == ["30.00", "31.00 ± 1.39"]
 
 
 # ----------------------------------------------------------------------------------------------------------
