@@ -58,7 +58,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from vino import (
-    REWRITE_PROMPT, SYSTEM_PROMPT, Condition, Config, EncodedReference, InputError, MMDiT, Modulation,
+    REWRITE_PROMPT, SYSTEM_PROMPT, Condition, EncodedReference, InputError, MMDiT, Modulation,
     Reference, Vino, agree, bicubic, build_prompt, byte_tokenizer, fit_clip, flow_loss, letterbox, normalize,
     override, patchify, read_config, read_frames, read_image, read_json, sample, to_frames, vlm_size,
 )  # fmt: skip
