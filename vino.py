@@ -562,11 +562,13 @@ class MultiModalEncoder(nn.Module):
         order = order.expand(1, embeds.shape[0], -1)  # with this fourth row the mask is plainly causal
         watched = model.layers[-1].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
         with watched, sdpa_kernel(ANY_LENGTH):  # each prompt has a length of its own
+            # By position up to the embeddings: transformers 4 and 5 name the cache differently.
             output = model(
-                inputs_embeds=embeds,
-                position_ids=torch.cat([order, positions]),
-                attention_mask=None if mask is None else mask.long(),
-                past_key_values=cache,
+                None,
+                None if mask is None else mask.long(),
+                torch.cat([order, positions]),
+                cache,
+                embeds,
                 use_cache=True,
                 visual_pos_masks=visual_mask,
                 deepstack_visual_embeds=deepstack,
