@@ -1,28 +1,37 @@
 """VINO: one generator for images and videos, in one file, in the paper's order.
 
-Text, reference images and a reference video go in; a new or an edited image or video comes out.
+Text, reference images and a reference video go in; a new or an edited image or video comes out. A frozen
+vision-language model (VLM) reads the prompt and the references, learnable queries after the prompt carry
+what it understood into a diffusion transformer (MMDiT), and the references' VAE latents stand beside the
+noisy target in the same sequence.
 
-    0. Config                          every size, with the paper's as defaults
-    1. Multi-modal conditions          (paper 2.1, figure 4)  frozen Qwen3-VL, learnable queries, connectors
-    2. Interleaved omnimodal context   (paper 2.2, figure 5)  references and target on one timeline
-    3. MMDiT                           (appendix A)           HunyuanVideo's diffusion transformer
-    4. VAE                             (appendix A)           HunyuanVideo's causal 3D autoencoder
-    5. Rectified flow and guidance     (appendix B)           loss, sampler, text and image guidance
-    6. Vino                            all of it together: load, save, encode, velocity, generate
+    1. Multi-modal conditions          2.1, figures 3 and 4   the frozen VLM, learnable queries, connectors
+    2. Interleaved omnimodal context   2.2, figure 5          references and target on one timeline
+    3. MMDiT                           appendix A             HunyuanVideo's diffusion transformer
+    4. VAE                             appendix A             HunyuanVideo's causal 3D autoencoder
+    5. Rectified flow and guidance     appendix B             loss, sampler, text and image guidance
+    6. Vino                            figure 3               all of it together
+    7. Several GPUs for one sample                            sequence parallelism
+    8. Reference pixels                                       letterboxing, resizing, patches
+    9. Files                                                  weights, tokenizers, pictures, clips
 
+"The release" is the authors' public inference code; where it differs from the paper, this file follows it.
 Parameters carry the public checkpoints' names, so that real weights load without a renaming table.
-Shapes: B batch, L tokens, T frames, H height, W width, C channels, D width of a transformer.
+Shapes: B batch, L tokens, T frames, H height, W width, C channels, D width of a transformer, R references;
+t, h, w count patches.
 """
 
 import json
 import math
 import pickle
-from contextlib import nullcontext
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -34,23 +43,29 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 
 class InputError(ValueError):
     """The user's mistake, in one line: what is wrong, where, and what would be right."""
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 0. Config: field names are those of the public config files; a JSON file overrides fields by name
-# ----------------------------------------------------------------------------------------------------------
-
-
 def items(*values):
+    """A list as the default of a dataclass's field."""
     return field(default_factory=lambda: list(values))
+
+
+def chain(**layers):
+    """An nn.Sequential whose layers have names."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+# --- 1. Multi-modal conditions (2.1, figures 3 and 4): what the frozen VLM reads and what comes out of it ---
 
 
 @dataclass
@@ -84,11 +99,340 @@ class VisionConfig:
     spatial_merge_size: int = 2
     num_position_embeddings: int = 2304
     deepstack_visual_indexes: list = items(5, 11, 17)
-    # The release resizes twice: each row is (multiple of pixels, least and most pixels). The second row of
-    # `video_resize` counts the pixels of all frames together.
+    # The release resizes twice in turn: [sides are multiples of, fewest pixels, most pixels]. A video's second
+    # limits are those of all its frames together.
     image_resize: list = items([28, 4 * 28**2, 16384 * 28**2], [32, 2**16, 2**24])
     video_resize: list = items([28, 256 * 32**2, 768 * 28**2], [32, 2**12, 25165824])
     video_frames: int = 8  # appendix B
+
+
+# Attention kernels that take any length as it comes: all but cuDNN's, which plans each new one for up to 2 s.
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+SYSTEM_PROMPT = "You are a helpful assistant aimed at generating an output video caption."
+
+
+@dataclass
+class Prompt:
+    """Figure 4's template, filled in and tokenised."""
+
+    ids: list  # L token ids
+    positions: Tensor  # [3, L]: M-RoPE positions in time, height and width
+    starts: list  # for each reference, the index of its (first) <|vision_start|>
+    ends: list  # and of its (last) <|vision_end|>
+
+
+def build_prompt(tokenizer, text, references, merge, system=SYSTEM_PROMPT):
+    """Figure 4: system line, images, video, the user's text.
+
+    Args:
+        references: objects with `grid`, (t, h, w) in patches, and `is_video`; images before the one video.
+        merge: the VLM's spatial_merge_size: merge x merge patches make one token.
+    """
+    tokenizer.encode_special_tokens = True  # a special token spelled in a text stays text
+    ids, positions, starts, ends = [], [], [], []
+
+    def append(token, h=1, w=1):
+        """One token, or a grid of h x w: it starts one past the largest position so far and has one time."""
+        begin = 1 + max(positions[-1]) if positions else 0
+        ids.extend([token] * (h * w))
+        positions.extend((begin, begin + row, begin + column) for row in range(h) for column in range(w))
+
+    def special(name, h=1, w=1):
+        append(tokenizer.token_to_id(f"<|{name}|>"), h, w)
+
+    def say(text):
+        for token in tokenizer.encode(text, add_special_tokens=False).ids:
+            append(token)
+
+    special("im_start")
+    say(f"system\n{system}")
+    special("im_end")
+    say("\n")
+    special("im_start")
+    pending = "user\n"  # is tokenised together with what follows it
+    for number, reference in enumerate(references, 1):
+        t, h, w = reference.grid
+        pending += "Video 1: " if reference.is_video else f"Image {number}: "
+        for pair in range(t):  # two frames of a video each; an image is one
+            if reference.is_video:  # the time between the two, as if there were 24 frames a second
+                pending += f"<{(2 * pair + 0.5) / 24:.1f} seconds>"
+            say(pending)
+            pending = ""
+            if pair == 0:
+                starts.append(len(ids))
+            special("vision_start")
+            special("video_pad" if reference.is_video else "image_pad", h // merge, w // merge)
+            special("vision_end")
+        ends.append(len(ids) - 1)
+    say(pending + text)
+    special("im_end")
+    say("\n")
+    special("im_start")
+    say("assistant\n")
+    return Prompt(ids, torch.tensor(positions).T, starts, ends)
+
+
+@dataclass(eq=False)
+class EncodedReference:
+    """A reference after both encoders: independent of the prompt, so all guidance branches share it."""
+
+    latents: Tensor  # [B, C, T, H, W], scaled
+    features: Tensor  # [B, t*h*w / 4, D] of the VLM
+    deepstack: list  # more of that shape, for each of the language model's first layers that take them
+    grid: tuple  # (t, h, w) in patches
+    is_video: bool
+
+
+@dataclass
+class LatentBlock:
+    """A reference in the MMDiT: its latents between the two tokens that wrap it in the VLM (2.2)."""
+
+    latents: Tensor  # [B, C, T, H, W]
+    start: Tensor | None  # [B, D], projected; None in the ablation of figure 11
+    end: Tensor | None
+
+
+@dataclass
+class Condition:
+    """What the MMDiT is conditioned on."""
+
+    tokens: Tensor  # [B, L, text_embed_dim]: prompt, then learnable queries
+    mask: Tensor | None  # [B, L], True where valid; None where nothing is padded
+    references: list  # LatentBlocks, in the prompt's order
+
+
+class Connector(nn.Module):
+    """Two-layer MLP from the VLM's hidden states to the MMDiT (2.1), behind the release's norm."""
+
+    def __init__(self, in_dim, out_dim):
+        super().__init__()
+        hidden = 4 * out_dim
+        self.norm_qwen = nn.RMSNorm(in_dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, out_dim))
+
+    def forward(self, hidden):  # [..., in_dim] -> [..., out_dim]
+        return self.mlp(self.norm_qwen(hidden))
+
+
+class MultiModalEncoder(nn.Module):
+    """The frozen VLM, the learnable queries after its prompt, and the two connectors (2.1, figure 3 left).
+
+    `connector` carries prompt and queries into the MMDiT's text stream; `connector_vae_branch` carries the
+    boundary tokens into its visual stream.
+    """
+
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        width = config.text.hidden_size
+        self.tokenizer = tokenizer
+        self.merge = config.vision.spatial_merge_size
+        self.boundary_tokens = config.boundary_tokens
+        self.mm_encoder = build_vlm(config).requires_grad_(False)
+        self.metaquery = nn.Parameter(torch.randn(config.num_queries, width) / math.sqrt(width))
+        self.connector = Connector(width, config.mmdit.text_embed_dim)
+        self.connector_vae_branch = Connector(width, config.mmdit.width)
+
+    def forward(self, prompts, references, vae_branch=True):
+        """The MMDiT's condition.
+
+        What 2.2 calls the embeddings of <|vision_start|> and <|vision_end|> are the VLM's outputs there
+        (figure 5), not rows of its embedding table: the penultimate hidden states at these tokens.
+
+        Args:
+            prompts: B texts.
+            references: EncodedReferences of batch size B or 1, images before the video.
+            vae_branch: False shows the references to the VLM only (image reconstruction, appendix B).
+        """
+        hidden, mask, starts, ends = self.hidden_states(prompts, references)
+        hidden = hidden.to(self.connector.mlp[0].weight.dtype)
+        rows = torch.arange(len(prompts), device=hidden.device)
+        blocks = []
+        for k, reference in enumerate(references if vae_branch else []):
+            start, end = None, None
+            if self.boundary_tokens:
+                start = self.connector_vae_branch(hidden[rows, starts[:, k]])  # [B, D]
+                end = self.connector_vae_branch(hidden[rows, ends[:, k]])
+            latents = reference.latents.expand(len(prompts), -1, -1, -1, -1)
+            blocks.append(LatentBlock(latents, start, end))
+        return Condition(self.connector(hidden), mask, blocks)
+
+    def hidden_states(self, prompts, references):
+        """The VLM's penultimate hidden states for the prompts and, after them, the learnable queries (2.1).
+
+        The prompt runs once, without gradient, and leaves its keys and values; the queries run against them,
+        with gradient. Attention is causal, so this equals one pass over both, but training keeps no
+        activations of the prompt.
+
+        Returns: hidden [B, L, D], mask [B, L] or None, and the indices of the references' boundary tokens,
+            starts and ends, both [B, R].
+        """
+        batch = [build_prompt(self.tokenizer, text, references, self.merge) for text in prompts]
+        cache = DynamicCache()
+        with torch.no_grad():
+            _, hidden, positions, mask = self.prefill(batch, references, cache)
+        left = torch.tensor(
+            [[hidden.shape[1] - len(prompt.ids)] for prompt in batch]
+        )  # padding shifts indices
+        starts = torch.tensor([prompt.starts for prompt in batch], dtype=torch.long) + left
+        ends = torch.tensor([prompt.ends for prompt in batch], dtype=torch.long) + left
+
+        count = len(self.metaquery)
+        if count:
+            queries = self.metaquery.to(hidden.dtype).expand(len(batch), -1, -1)  # [B, count, D]
+            # The release lets them begin at the position of the prompt's last token, not one after it.
+            positions = positions[:, :, -1:] + torch.arange(count, device=hidden.device)  # [3, B, count]
+            mask = None if mask is None else F.pad(mask, (0, count), value=True)
+            _, query_hidden = self.language(queries, positions, mask, cache)
+            hidden = torch.cat([hidden, query_hidden], 1)
+        return hidden, mask, starts.to(hidden.device), ends.to(hidden.device)
+
+    def prefill(self, batch, references, cache):
+        """Run Prompts and their references' features through the language model, which leaves their keys and
+        values in `cache`. Shorter prompts are padded on the left.
+
+        Returns: last and penultimate hidden states, both [B, L, D], positions [3, B, L], and mask [B, L], or
+            None where nothing is padded."""
+        left = {"batch_first": True, "padding_side": "left"}
+        filler = self.tokenizer.token_to_id("<|endoftext|>")
+        device = self.metaquery.device
+        ids = pad_sequence([torch.tensor(prompt.ids) for prompt in batch], padding_value=filler, **left)
+        ids = ids.to(device)
+        positions = pad_sequence([prompt.positions.T for prompt in batch], **left).permute(2, 0, 1).to(device)
+        mask = pad_sequence([torch.ones(len(prompt.ids), dtype=torch.bool) for prompt in batch], **left)
+        mask = None if mask.all() else mask.to(device)
+
+        embeds = self.mm_encoder.get_input_embeddings()(ids)  # [B, L, D]
+        visual_mask, deepstack = None, None
+        if references:
+            names = ("<|image_pad|>", "<|video_pad|>")
+            pads = torch.tensor([self.tokenizer.token_to_id(name) for name in names], device=device)
+            visual_mask = torch.isin(ids, pads)
+            features = concat([reference.features for reference in references], len(batch))
+            layers = zip(*[reference.deepstack for reference in references])
+            deepstack = [concat(layer, len(batch)) for layer in layers]
+            embeds = embeds.masked_scatter(visual_mask[..., None], features.to(embeds.dtype))
+        last, penultimate = self.language(embeds, positions, mask, cache, visual_mask, deepstack)
+        return last, penultimate, positions, mask
+
+    def language(self, embeds, positions, mask, cache, visual_mask=None, deepstack=None):
+        """The language model on what follows the tokens in `cache`: its last and penultimate hidden states.
+
+        Args: embeds [B, L, D]; positions [3, B, L]; mask [B, all tokens so far]; visual_mask [B, L], True at
+        the tokens that get the deepstack features, each [tokens, D], in the first layers."""
+        mask = None if mask is None else mask.long()
+        with sdpa_kernel(ANY_LENGTH):  # each prompt has a length of its own
+            # By position: transformers 4 and 5 name the cache differently. Without a cache they would take
+            # jumps in the positions for the borders of packed sequences.
+            visual = {"visual_pos_masks": visual_mask, "deepstack_visual_embeds": deepstack}
+            language_model = self.mm_encoder.model.language_model
+            output = language_model(None, mask, positions, cache, embeds, output_hidden_states=True, **visual)
+        return output.last_hidden_state, output.hidden_states[-2]
+
+    def encode_vision(self, reference):
+        """The vision tower on a Reference: features [B, n, D], and the same for each deepstack layer."""
+        vision = self.mm_encoder.model.visual
+        batch = len(reference.patches)
+        patches = reference.patches.flatten(0, 1).to(self.metaquery.device, vision.dtype)
+        output = vision(patches, torch.tensor([reference.grid] * batch, device=patches.device))
+        if isinstance(output, tuple):  # transformers 4
+            features, deepstack = output
+        else:
+            features, deepstack = output.pooler_output, output.deepstack_features
+        return features.unflatten(0, (batch, -1)), [layer.unflatten(0, (batch, -1)) for layer in deepstack]
+
+    @torch.no_grad()
+    def answer(self, prompts, references=(), system=SYSTEM_PROMPT, max_new_tokens=256):
+        """What the VLM itself says to the prompts and EncodedReferences: B texts. Greedy, so repeatable."""
+        batch = [build_prompt(self.tokenizer, text, references, self.merge, system) for text in prompts]
+        cache = DynamicCache()
+        end = self.tokenizer.token_to_id("<|im_end|>")
+        last, _, positions, mask = self.prefill(batch, references, cache)
+        done = torch.zeros(len(batch), dtype=torch.bool, device=last.device)
+        ids = []
+        while len(ids) < max_new_tokens and not done.all():
+            ids.append(self.mm_encoder.lm_head(last[:, -1]).argmax(-1).masked_fill(done, end))  # [B]
+            done |= ids[-1] == end
+            positions = positions.amax((0, 2), keepdim=True).expand(3, -1, 1) + 1
+            mask = None if mask is None else F.pad(mask, (0, 1), value=True)
+            embeds = self.mm_encoder.get_input_embeddings()(ids[-1][:, None])
+            last, _ = self.language(embeds, positions, mask, cache)
+        rows = torch.stack(ids, 1).tolist()
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+def concat(parts, batch):
+    """Features of all references, each [B or 1, n, D], as one list over the whole batch: [B * all n, D]."""
+    return torch.cat([part.expand(batch, -1, -1) for part in parts], 1).flatten(0, 1)
+
+
+def build_vlm(config):
+    """Qwen3-VL of the config's sizes, with random weights; transformers knows the architecture."""
+    text, vision = asdict(config.text), asdict(config.vision)
+    for ours in ("image_resize", "video_resize", "video_frames"):
+        del vision[ours]
+    rope = {"rope_type": "default", "mrope_section": text.pop("mrope_section"), "mrope_interleaved": True}
+    text["rope_scaling"] = rope  # transformers 5 calls it rope_parameters, and still takes the old name
+    tie = text["tie_word_embeddings"]
+    both = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie)
+    return Qwen3VLForConditionalGeneration(both).eval()
+
+
+# --- 2. Interleaved omnimodal context (2.2, figure 5): references, boundary tokens and target on one timeline
+
+
+def pack(references, target):
+    """Figure 5: one sequence of all references, each between its boundary tokens, and the noisy target, and
+    the place of each token on the shared RoPE timeline.
+
+    A boundary token takes one step of time at (t, 0, 0). A block of latents takes as many as it has frames;
+    its height and width count from 0. The target begins where the references end.
+
+    Args:
+        references: (start, patches, end) of each, in the prompt's order: boundary tokens [B, D] or None, and
+            patch embeddings [B, D, T, H, W].
+        target: patch embeddings [B, D, T, H, W].
+    Returns:
+        tokens [B, L, D], the target's last, and positions [L, 3] in time, height and width.
+    """
+    pieces = []
+    for start, patches, end in references:
+        if start is None:
+            pieces.append(patches)
+        else:
+            pieces.extend([start[:, :, None, None, None], patches, end[:, :, None, None, None]])
+    pieces.append(target)
+
+    tokens, positions, time = [], [], 0
+    for piece in pieces:
+        t, h, w = (torch.arange(size, device=target.device) for size in piece.shape[2:])
+        tokens.append(piece.flatten(2).mT.to(target.dtype))  # [B, T*H*W, D]
+        positions.append(torch.cartesian_prod(time + t, h, w))  # [T*H*W, 3]
+        time += len(t)
+    return torch.cat(tokens, 1), torch.cat(positions)
+
+
+def rope_3d(positions, axes_dim, theta):
+    """Rotation of every token: angles position * theta**(-2i / d), with a share d of the head for each axis.
+
+    Args: positions [L, 3]; axes_dim: three even numbers that add up to the head's size.
+    Returns: cosines [L, 1, head / 2, 1], and sines [L, 1, head / 2, 2] with the signs of a rotation."""
+    angles = []
+    for position, dim in zip(positions.unbind(-1), axes_dim, strict=True):
+        frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+        angles.append(position[:, None].float() * frequencies)
+    angles = torch.cat(angles, -1)[:, None, :, None]
+    return angles.cos(), torch.cat([-angles.sin(), angles.sin()], -1)
+
+
+def apply_rope(x, rope):
+    """Rotate neighbouring channels (a, b) of x [B, L, heads, head] to (a cos - b sin, b cos + a sin)."""
+    cos, sin = rope
+    pairs = x.float().unflatten(-1, (-1, 2))  # [B, L, heads, head / 2, 2]
+    return torch.addcmul(pairs * cos, pairs.flip(-1), sin).flatten(-2).to(x.dtype)
+
+
+# --- 3. MMDiT (appendix A): dual-stream blocks, then single-stream blocks, modulated by the timestep --------
 
 
 @dataclass
@@ -115,6 +459,285 @@ class MMDiTConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
+def attention_kernels(length):
+    """cuDNN's attention, the fastest, is for sampling and for long sequences: training sees a new length
+    every step."""
+    return sdpa_kernel(ANY_LENGTH) if torch.is_grad_enabled() and length < 8192 else nullcontext()
+
+
+def attend(q, k, v, rope=None, mask=None):
+    """Softmax attention of rotated queries and keys: q, k, v [B, L, heads, head] -> [B, L, D].
+
+    `mask` [B, L] is True where a key may be seen; None where nothing is padded, which is faster."""
+    if rope is not None:
+        q = apply_rope(q, rope)
+        k = apply_rope(k, rope)
+    if mask is not None:
+        mask = mask[:, None, None]  # [B, heads, queries, keys]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, head]
+    with attention_kernels(q.shape[2]):
+        x = F.scaled_dot_product_attention(q, k, v, mask)
+    return x.transpose(1, 2).flatten(2)
+
+
+def sinusoid(t, dtype):
+    """Sinusoidal features [B, 256] of t [B], cosines first."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1).to(dtype)
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without parameters, then scale and shift from the timestep."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Modulation(nn.Module):
+    """The timestep embedding [B, D] as `count` vectors [B, 1, D]: shifts, scales and gates."""
+
+    def __init__(self, width, count):
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(width, count * width)
+
+    def forward(self, embedding):
+        return self.linear(F.silu(embedding))[:, None].chunk(self.count, -1)
+
+
+def embedder(in_dim, width):
+    """Two-layer MLP for timestep, guidance or pooled text."""
+    return chain(linear_1=nn.Linear(in_dim, width), silu=nn.SiLU(), linear_2=nn.Linear(width, width))
+
+
+def feed_forward(config, activation):
+    """Two-layer MLP of a block."""
+    hidden = int(config.width * config.mlp_ratio)
+    first = chain(proj=nn.Linear(config.width, hidden), activation=activation)
+    # The empty layer keeps the public name of the last one, net.2.
+    return chain(net=nn.Sequential(first, nn.Identity(), nn.Linear(hidden, config.width)))
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of one stream."""
+
+    def __init__(self, config, norm=True, out=True):
+        super().__init__()
+        width, head = config.width, config.attention_head_dim
+        self.heads = config.num_attention_heads
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.norm_q = nn.RMSNorm(head, eps=1e-6) if norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(head, eps=1e-6) if norm else nn.Identity()
+        self.to_out = nn.Sequential(nn.Linear(width, width)) if out else None
+
+    def qkv(self, x):  # [B, L, D] -> 3 x [B, L, heads, head]
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+
+class JointAttention(Attention):
+    """Attention over both streams: the text has projections of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        width, head = config.width, config.attention_head_dim
+        self.add_q_proj = nn.Linear(width, width)
+        self.add_k_proj = nn.Linear(width, width)
+        self.add_v_proj = nn.Linear(width, width)
+        self.norm_added_q = nn.RMSNorm(head, eps=1e-6)
+        self.norm_added_k = nn.RMSNorm(head, eps=1e-6)
+        self.to_add_out = nn.Linear(width, width)
+
+    def text_qkv(self, x):  # [B, L, D] -> 3 x [B, L, heads, head]
+        layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in layers)
+        return self.norm_added_q(q), self.norm_added_k(k), v
+
+
+class DualBlock(nn.Module):
+    """Two streams with weights of their own that meet in one attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = Modulation(config.width, 6)
+        self.norm1_context = Modulation(config.width, 6)
+        self.attn = JointAttention(config)
+        self.ff = feed_forward(config, nn.GELU("tanh"))
+        self.ff_context = feed_forward(config, nn.GELU("tanh"))
+
+    def forward(self, x, text, embedding, attention):
+        """Visual tokens x [B, Lv, D] and text [B, Lt, D] -> the same shapes."""
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(embedding)
+        t_shift, t_scale, t_gate, t_shift_ff, t_scale_ff, t_gate_ff = self.norm1_context(embedding)
+
+        q, k, v = self.attn.qkv(modulate(x, shift, scale))
+        t_q, t_k, t_v = self.attn.text_qkv(modulate(text, t_shift, t_scale))
+        both = attention(torch.cat([q, t_q], 1), torch.cat([k, t_k], 1), torch.cat([v, t_v], 1))
+        attended, t_attended = both.split([x.shape[1], text.shape[1]], 1)
+
+        x = x + gate * self.attn.to_out(attended)
+        x = x + gate_ff * self.ff(modulate(x, shift_ff, scale_ff))
+        text = text + t_gate * self.attn.to_add_out(t_attended)
+        text = text + t_gate_ff * self.ff_context(modulate(text, t_shift_ff, t_scale_ff))
+        return x, text
+
+
+class SingleBlock(nn.Module):
+    """One stream of visual tokens and text; attention and feed-forward side by side."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        self.norm = Modulation(width, 3)
+        self.attn = Attention(config, out=False)
+        self.proj_mlp = nn.Linear(width, hidden)
+        self.proj_out = nn.Linear(width + hidden, width)
+
+    def forward(self, x, embedding, attention):  # [B, Lv + Lt, D] -> the same shape
+        shift, scale, gate = self.norm(embedding)
+        normed = modulate(x, shift, scale)
+        attended = attention(*self.attn.qkv(normed))
+        activated = F.gelu(self.proj_mlp(normed), approximate="tanh")
+        return x + gate * self.proj_out(torch.cat([attended, activated], -1))
+
+
+class RefinerBlock(nn.Module):
+    """A plain transformer block over the text, gated by timestep and pooled text."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.attn = Attention(config, norm=False)
+        self.ff = feed_forward(config, nn.SiLU())
+        self.norm_out = Modulation(config.width, 2)
+
+    def forward(self, x, embedding, mask):
+        gate, gate_ff = self.norm_out(embedding)
+        attended = attend(*self.attn.qkv(self.norm1(x)), mask=mask)
+        x = x + gate * self.attn.to_out(attended)
+        return x + gate_ff * self.ff(self.norm2(x))
+
+
+class TokenRefiner(nn.Module):
+    """Fits the conditioning tokens to the MMDiT before its first block."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, text = config.width, config.text_embed_dim
+        self.time_text_embed = nn.Module()  # holds the public names
+        self.time_text_embed.timestep_embedder = embedder(256, width)
+        self.time_text_embed.text_embedder = embedder(text, width)
+        self.proj_in = nn.Linear(text, width)
+        blocks = [RefinerBlock(config) for _ in range(config.num_refiner_layers)]
+        self.token_refiner = nn.Module()
+        self.token_refiner.refiner_blocks = nn.ModuleList(blocks)
+
+    def forward(self, tokens, mask, timestep):
+        """tokens [B, L, text_embed_dim], mask [B, L] or None, timestep [B] in 0..999 -> [B, L, D]."""
+        if mask is None:
+            pooled = tokens.mean(1)
+        else:
+            pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        embed = self.time_text_embed
+        embedding = embed.timestep_embedder(sinusoid(timestep, tokens.dtype)) + embed.text_embedder(pooled)
+        x = self.proj_in(tokens)
+        for block in self.token_refiner.refiner_blocks:
+            x = block(x, embedding, mask)
+        return x
+
+
+class MMDiT(nn.Module):
+    """HunyuanVideo's transformer over the interleaved context: predicts the target's velocity."""
+
+    UNUSED = "time_text_embed.text_embedder."  # CLIP's pooled text: is in the base checkpoint, not in VINO
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patch = (config.patch_size_t, config.patch_size, config.patch_size)
+        self.x_embedder = chain(proj=nn.Conv3d(config.in_channels, config.width, self.patch, self.patch))
+        self.context_embedder = TokenRefiner(config)
+        self.time_text_embed = nn.Module()
+        self.time_text_embed.timestep_embedder = embedder(256, config.width)
+        self.time_text_embed.guidance_embedder = embedder(256, config.width)
+        self.time_text_embed.text_embedder = embedder(config.pooled_projection_dim, config.width)
+        self.transformer_blocks = nn.ModuleList([DualBlock(config) for _ in range(config.num_layers)])
+        singles = [SingleBlock(config) for _ in range(config.num_single_layers)]
+        self.single_transformer_blocks = nn.ModuleList(singles)
+        self.norm_out = Modulation(config.width, 2)
+        self.proj_out = nn.Linear(config.width, math.prod(self.patch) * config.out_channels)
+
+    def blocks(self):
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
+    def forward(self, latents, t, condition, group=None):
+        """Velocity (noise - data) of the noisy target under one condition.
+
+        Args:
+            latents: [B, C, T, H, W], the target at time t [B] in [0, 1], 1 = noise.
+            condition: a Condition of batch size B.
+            group: a SequenceParallel of processes that share the tokens.
+        Returns: [B, C, T, H, W].
+        """
+        dtype = self.proj_out.weight.dtype
+        timestep = 999 * t  # as the release scales it
+        target = self.x_embedder(latents.to(dtype))  # [B, D, t, h, w]
+        references = [(r.start, self.x_embedder(r.latents.to(dtype)), r.end) for r in condition.references]
+        x, positions = pack(references, target)  # [B, Lv, D], [Lv, 3]
+        text = self.context_embedder(condition.tokens.to(dtype), condition.mask, timestep)  # [B, Lt, D]
+        embed = self.time_text_embed
+        guidance = torch.full_like(timestep, 1000.0)  # the release feeds the base model's guidance a constant
+        embedding = embed.timestep_embedder(sinusoid(timestep, dtype))  # [B, D]
+        embedding = embedding + embed.guidance_embedder(sinusoid(guidance, dtype))
+
+        visual = x.shape[1]
+        positions = F.pad(positions, (0, 0, 0, text.shape[1]))  # text is not rotated: it stays at (0, 0, 0)
+        rope = rope_3d(positions, self.config.rope_axes_dim, self.config.rope_theta)
+        mask = condition.mask
+        if mask is not None:
+            mask = F.pad(mask, (visual, 0), value=True)  # [B, Lv + Lt]
+        attention = partial(attend, rope=rope, mask=mask)
+        if group:
+            x, text, attention = group.shard(x, text, rope, mask)
+
+        for block in self.transformer_blocks:
+            x, text = block(x, text, embedding, attention)
+        streams = [x.shape[1], text.shape[1]]
+        x = torch.cat([x, text], 1)
+        for block in self.single_transformer_blocks:
+            x = block(x, embedding, attention)
+        x, _ = x.split(streams, 1)
+
+        scale, shift = self.norm_out(embedding)  # in this order in the checkpoint
+        x = self.proj_out(modulate(x, shift, scale))
+        if group:
+            x = group.gather(x, visual)
+        grid = target.shape[2:]
+        return self.unpatchify(x[:, -math.prod(grid) :], grid)
+
+    def unpatchify(self, x, grid):  # [B, t*h*w, C * patch] -> [B, C, T, H, W]
+        x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, grid)  # [B, t, h, w, C, pt, ph, pw]
+        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
+
+
+def compiled(forward):
+    """torch.compile of a block's forward, with one graph for all lengths and with correct gradients.
+
+    torch 2.10 to 2.13 lose the gradients of `Modulation`'s chunks over thousands of tokens, unless mix-order
+    reductions are off (pytorch issue 193061; 2.8 has no such option)."""
+    # Both kinds of block have graphs for short and long sequences, with masks and without, with gradients and
+    # without; after eight torch would give up compiling.
+    torch._dynamo.config.recompile_limit = 64
+    option = "triton.mix_order_reduction"
+    options = {option: False} if option in torch._inductor.list_options() else {}
+    return torch.compile(forward, dynamic=True, options=options)
+
+
+# --- 4. VAE (appendix A): HunyuanVideo's causal 3D autoencoder ----------------------------------------------
+
+
 @dataclass
 class VAEConfig:
     """HunyuanVideo's autoencoder: 8x smaller in height and width, 4x in time."""
@@ -124,15 +747,262 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.476986
-    tile_frames: list = items(16, 12)  # (length, stride) of a tile, always used
-    tile_pixels: list = items(256, 192)  # (side, stride) of a tile, for large frames only
-    untiled_area: int = 2**19  # frames of up to so many pixels are not cut
-    chunk_pixels: int = 2**20  # of all frames that are computed at once
+    tile_frames: list = items(16, 12)  # (length, stride) of tiles in time, always used
+    tile_pixels: list = items(256, 192)  # (side, stride) of tiles in space, for large frames only
+    untiled_area: int = 2**19  # frames of up to this many pixels are not tiled in space
+
+
+class CausalConv3d(nn.Module):
+    """A convolution that repeats the edges: in space on both sides, in time the first frame only."""
+
+    def __init__(self, in_channels, out_channels, kernel=3, stride=1):
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
+        side = (kernel - 1) // 2
+        self.padding = (side, side, side, side, kernel - 1, 0)  # width, height, time
+
+    def forward(self, x):
+        return self.conv(F.pad(x, self.padding, mode="replicate"))
+
+
+class Resnet(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, in_channels, out_channels, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        if in_channels != out_channels:
+            self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1)
+
+    def forward(self, x):
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        if hasattr(self, "conv_shortcut"):
+            x = self.conv_shortcut(x)
+        return x + hidden
+
+
+class FrameAttention(nn.Module):
+    """Single-head attention in which a frame sees itself and the past."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x):  # [B, C, T, H, W]
+        tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T, H*W, C]
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        frames = []
+        for t in range(x.shape[2]):  # one by one, which needs neither a mask nor its quadratic memory
+            past = slice(0, t + 1)
+            keys = k[:, None, past].flatten(2, 3)  # [B, 1 head, frames * H*W, C]
+            values = v[:, None, past].flatten(2, 3)
+            frames.append(F.scaled_dot_product_attention(q[:, None, t], keys, values))
+        attended = self.to_out(torch.cat(frames, 1))  # [B, T, H*W, C]
+        return x + attended.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
+
+
+def downsample(channels, factor):
+    return chain(conv=CausalConv3d(channels, channels, stride=factor))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours, and a convolution. The first frame stands for itself: T frames become 2T - 1."""
+
+    def __init__(self, channels, factor):
+        super().__init__()
+        self.factor = factor
+        self.conv = CausalConv3d(channels, channels)
+
+    def forward(self, x):
+        repeated = F.interpolate(x, scale_factor=self.factor)
+        return self.conv(repeated[:, :, self.factor[0] - 1 :])
+
+
+def resnets(in_channels, out_channels, layers, groups):
+    widths = [in_channels] + [out_channels] * layers
+    return nn.Sequential(*[Resnet(a, b, groups) for a, b in pairwise(widths)])
+
+
+class MidBlock(nn.Module):
+    """The smallest level: resnets around attention."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.attentions = nn.ModuleList([FrameAttention(channels, groups)])
+        self.resnets = resnets(channels, channels, 2, groups)
+
+    def forward(self, x):
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
+
+
+def levels(widths, layers, config, name, resample):
+    """The levels of encoder or decoder: resnets. All but the last also resample, under the public `name`:
+    always in space, and in the last two in time."""
+    blocks = []
+    for i, width in enumerate(widths):
+        parts = {"resnets": resnets(widths[max(i - 1, 0)], width, layers, config.norm_num_groups)}
+        if i < len(widths) - 1:
+            factor = (2 if i >= len(widths) - 3 else 1, 2, 2)  # time, height, width
+            parts[name] = nn.Sequential(resample(width, factor))
+        blocks.append(chain(**parts))
+    return nn.Sequential(*blocks)
+
+
+def build_encoder(config):
+    """Pixels [B, 3, T, H, W] -> mean and log-variance of the posterior, [B, 2C, (T-1)/4 + 1, H/8, W/8]."""
+    widths, groups = config.block_out_channels, config.norm_num_groups
+    return chain(
+        conv_in=CausalConv3d(3, widths[0]),
+        down_blocks=levels(widths, config.layers_per_block, config, "downsamplers", downsample),
+        mid_block=MidBlock(widths[-1], groups),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
+        silu=nn.SiLU(),
+        conv_out=CausalConv3d(widths[-1], 2 * config.latent_channels),
+    )
+
+
+def build_decoder(config):
+    """Latents [B, C, T, H, W] -> pixels [B, 3, 4(T-1) + 1, 8H, 8W]."""
+    widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+    return chain(
+        conv_in=CausalConv3d(config.latent_channels, widths[0]),
+        mid_block=MidBlock(widths[0], groups),
+        up_blocks=levels(widths, config.layers_per_block + 1, config, "upsamplers", Upsample),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
+        silu=nn.SiLU(),
+        conv_out=CausalConv3d(widths[-1], 3),
+    )
+
+
+def tiled(function, x, dim, tile, stride, ratio, lead=0):
+    """Apply `function` to overlapping tiles of x along `dim` and blend where they overlap. A tile begins
+    every `stride`, is `tile` + `lead` long, and all but the first drop the first `lead` of their output.
+
+    Args:
+        tile, stride: in units of x. ratio: the output's length over the input's.
+        lead: 1 along time, where a tile's first frame has no past.
+    """
+    length = x.shape[dim]
+    if length <= tile:
+        return function(x)
+    step, overlap = int(stride * ratio), int((tile - stride) * ratio)
+    result, previous = [], None
+    for begin in range(0, length - lead, stride):
+        output = function(x.narrow(dim, begin, min(tile + lead, length - begin)))
+        first, output = output.split([lead, output.shape[dim] - lead], dim)
+        if previous is None:
+            result.append(first)
+        else:
+            blend = min(overlap, output.shape[dim], previous.shape[dim] - step)
+            weight = (torch.arange(blend, device=x.device) / blend).to(output.dtype)
+            weight = weight.view([-1 if d == dim else 1 for d in range(x.dim())])
+            head, rest = output.split([blend, output.shape[dim] - blend], dim)
+            output = torch.cat([previous.narrow(dim, step, blend) * (1 - weight) + head * weight, rest], dim)
+        result.append(output.narrow(dim, 0, min(step, output.shape[dim])))
+        previous = output
+    return torch.cat(result, dim)
+
+
+class VAE(nn.Module):
+    """Pixels [B, 3, 4(T-1)+1, 8H, 8W] in [-1, 1] <-> scaled latents [B, C, T, H, W]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = build_encoder(config)
+        self.decoder = build_decoder(config)
+        self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
+
+    def in_tiles(self, function, x, space, time):
+        """Apply `function` to x in tiles: in time always, as the public model does; in space only where
+        frames are large. `space` and `time` are how much longer the result is than x. The config counts
+        pixels and frames, of which the decoder's x, latents, has fewer."""
+        frames = [int(n / max(time, 1)) for n in self.config.tile_frames]
+        sides = [int(n / max(space, 1)) for n in self.config.tile_pixels]
+        if x.shape[3] * x.shape[4] * max(space, 1) ** 2 > self.config.untiled_area:
+            in_columns = partial(tiled, function, dim=4, tile=sides[0], stride=sides[1], ratio=space)
+            function = partial(tiled, in_columns, dim=3, tile=sides[0], stride=sides[1], ratio=space)
+        return tiled(function, x, 2, *frames, time, lead=1)
+
+    def moments(self, pixels):
+        """The posterior's mean and log-variance, each [B, C, T, H, W], not scaled."""
+        parts = self.in_tiles(lambda x: self.quant_conv(self.encoder(x)), pixels, space=1 / 8, time=1 / 4)
+        return parts.chunk(2, 1)
+
+    def encode(self, pixels):
+        """Scaled latents: the posterior's mean, so that the same input gives the same picture."""
+        mean, _ = self.moments(pixels.to(self.quant_conv.weight.dtype))
+        return mean * self.config.scaling_factor
+
+    def decode(self, latents):
+        """Pixels, not clamped."""
+        latents = latents.to(self.quant_conv.weight.dtype) / self.config.scaling_factor
+        return self.in_tiles(lambda z: self.decoder(self.post_quant_conv(z)), latents, space=8, time=4)
+
+
+# --- 5. Rectified flow and guidance (appendix B) ------------------------------------------------------------
+
+
+def shift_time(u, shift):
+    """Move uniform times u in [0, 1] towards noise: large pictures need more steps there (table 1)."""
+    return shift * u / (1 - u + shift * u)
+
+
+def flow_loss(velocity, data, noise, u, shift):
+    """Rectified flow: on the straight line x_t = (1 - t) data + t noise the velocity is noise - data.
+
+    Args: velocity, the function of (x_t, t) that predicts it; data, noise [B, C, T, H, W]; u [B], uniform in
+    [0, 1]. Returns the squared error of each sample, [B]."""
+    t = shift_time(u, shift)
+    weight = t.view(-1, 1, 1, 1, 1)
+    x_t = (1 - weight) * data + weight * noise
+    error = velocity(x_t, t).float() - (noise - data)
+    return error.square().flatten(1).mean(1)
+
+
+def guidance_weights(cfg_text, cfg_image):
+    """How much each branch's velocity counts in
+
+        v_image_dropped + cfg_image (v_text_dropped - v_image_dropped) + cfg_text (v - v_text_dropped),
+
+    where "image_dropped" drops text and images. A scale of 1 or less turns that guidance off. As a sum over
+    branches it can be spread over GPUs."""
+    cfg_text, cfg_image = max(cfg_text, 1.0), max(cfg_image, 1.0)
+    return {"full": cfg_text, "text_dropped": cfg_image - cfg_text, "image_dropped": 1 - cfg_image}
+
+
+def time_steps(steps, shift):
+    """Times [steps] from 1 down, and the differences [steps] to the next one (the last goes to 0)."""
+    times = shift_time(torch.linspace(1, 0, steps + 1), shift)
+    return times[:-1], times[:-1] - times[1:]
+
+
+def sample(velocity, noise, steps, shift, progress=False):
+    """Euler's method from noise to data, in float32. `velocity` is a function of (x, t [B])."""
+    x = noise.float()
+    times, differences = time_steps(steps, shift)
+    for t, dt in zip(tqdm(times, desc="denoising", unit="step", disable=not progress), differences):
+        x = x - dt.to(x) * velocity(x, t.to(x).expand(len(x))).float()
+    return x
+
+
+# --- 6. Vino: all of it together (figure 3) -----------------------------------------------------------------
 
 
 @dataclass
 class SamplingConfig:
-    """The release's defaults; a pair is (for an image, for a video)."""
+    """The release's defaults, which are not appendix B's; a pair is (for an image, for a video)."""
 
     image_size: list = items(640, 640)  # (height, width)
     video_size: list = items(480, 848)
@@ -145,16 +1015,22 @@ class SamplingConfig:
     shift: list = items(5.0, 7.0)
     cfg_text: list = items(5.0, 7.0)
     cfg_image: float = 1.0
-    rewrite: bool = False  # ours: let the VLM expand prompts that have no references
     negative_prompt: list = items(
         "low quality, blurry, distorted, malformed, watermark, text",
         "low quality, blurry, distorted, malformed, flickering, jitter, watermark, text",
     )
+    rewrite: bool = False  # expand prompts that have no references by default
+    rewrite_system: str = (
+        "You are a helpful assistant aimed at generating an output video caption. Based on the user's input "
+        "command, provide a caption describing the video and output it directly. "
+    )
+    rewrite_prefix: str = ""  # stands before a prompt without references that is to be rewritten
 
 
 @dataclass
 class Config:
-    """Everything that fixes a VINO; the defaults are the paper's full size (3.1, Base Models)."""
+    """Everything that fixes a VINO; the defaults are the paper's full size (3.1, Base Models). Fields have
+    the names of the public config files; a JSON file overrides them by name."""
 
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -182,50 +1058,271 @@ class Config:
         return cls.from_dict(read_json(path))
 
 
-def override(node, overrides, prefix):
-    """Set the fields of the dataclass `node`, in place, to the values of the dictionary `overrides`."""
-    if not isinstance(overrides, dict):
-        raise InputError("should be an object in braces")
-    for name, value in overrides.items():
-        if name not in {f.name for f in fields(node)}:
-            raise InputError(f"there is no field '{prefix}{name}'")
-        current = getattr(node, name)
-        if is_dataclass(current) and isinstance(value, dict):
-            override(current, value, f"{prefix}{name}.")
-        elif type(value) is type(current) or (type(value), type(current)) == (int, float):
-            setattr(node, name, value)
-        else:
-            should = "an object" if is_dataclass(current) else type(current).__name__
-            raise InputError(f"field '{prefix}{name}' is {type(value).__name__}, should be {should}")
+class Vino(nn.Module):
+    """Figure 3. Parameter names are the public checkpoint's: `transformer.`, `mm_encoder.`, and `vae.`."""
+
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        self.config = config
+        self.mm_encoder = MultiModalEncoder(config, tokenizer)
+        self.transformer = MMDiT(config.mmdit)
+        self.vae = VAE(config.vae).requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, reference):
+        """Both encoders on a Reference (2.2) -> EncodedReference."""
+        features, deepstack = self.mm_encoder.encode_vision(reference)
+        latents = self.vae.encode(reference.pixels.to(features.device))
+        return EncodedReference(latents, features, deepstack, reference.grid, reference.is_video)
+
+    def velocity(self, latents, t, condition):
+        """Predicted noise - data, [B, C, T, H, W], at times t [B]."""
+        return self.transformer(latents, t, condition)
+
+    def answer(self, questions, images=(), video=None):
+        """What the VLM says about References: B texts. Nothing in VINO changes it (appendix C.1, table 9)."""
+        return self.mm_encoder.answer(questions, self.encode_all(images, video))
+
+    def rewrite(self, prompts, images=(), video=None):
+        """Short prompts as long captions of what they ask for: B texts (the daggers of tables 2 and 3)."""
+        sampling, references = self.config.sampling, self.encode_all(images, video)
+        if not references:
+            prompts = [sampling.rewrite_prefix + prompt for prompt in prompts]
+        return self.mm_encoder.answer(prompts, references, sampling.rewrite_system)
+
+    def encode_all(self, images, video):
+        return [self.encode(reference) for reference in [*images, video] if reference]
+
+    def remove_queries(self):
+        """Go on without learnable queries (figures 8 and 13)."""
+        self.config.num_queries = 0
+        self.mm_encoder.metaquery = nn.Parameter(self.mm_encoder.metaquery[:0].detach().clone())
+
+    def branches(self, prompts, negatives, references, base, cfg_text, cfg_image):
+        """Guidance's branches, without those that do not count: {name: (weight, Condition)}.
+
+        Args:
+            prompts, negatives: lists of B texts; a negative one stands for a dropped one.
+            references: EncodedReferences. "text_dropped" keeps all of them. "image_dropped" drops the text,
+                too, and keeps the video and, with `base`, the last image, the one being edited; without any
+                other image there is no image guidance.
+        """
+        images = [reference for reference in references if not reference.is_video]
+        dropped = images[:-1] if base else images
+        kept = [reference for reference in references if reference not in dropped]
+        inputs = {
+            "full": (prompts, references),
+            "text_dropped": (negatives, references),
+            "image_dropped": (negatives, kept),
+        }
+        weights = guidance_weights(cfg_text, cfg_image if dropped else 1.0)
+        return {name: (weight, self.mm_encoder(*inputs[name])) for name, weight in weights.items() if weight}
+
+    @torch.no_grad()
+    def generate(
+        self, prompts, images=(), video=None, *, size, base=False, steps=None, shift=None, cfg_text=None,
+        cfg_image=None, negative_prompt=None, seed=0, noise=None, group=None, progress=False,
+    ):  # fmt: skip
+        """Make an image or a video for each prompt.
+
+        Args:
+            prompts: B texts; `images` (References, in order) and `video` (a Reference) are named in them as
+                Image 1, Image 2, ..., Video 1. References have batch size B or 1.
+            size: (frames, height, width) of the result: 4k + 1, and multiples of 16.
+            base: the last image is the one being edited, the others are references for the edit.
+            steps, shift, cfg_text, cfg_image, negative_prompt: by default the config's, for image or video.
+            seed: sample i starts from the noise of seed + i. noise: overrides it, [B, C, T, H, W].
+            group: processes of torch.distributed, which all call this and share the work.
+        Returns: pixels [B, 3, frames, height, width], about in [-1, 1], not clamped; None in all processes of
+            the group but the first.
+        """
+        defaults = self.config.sampling
+        kind = 0 if size[0] == 1 else 1
+        negative = defaults.negative_prompt[kind] if negative_prompt is None else negative_prompt
+        branches = self.branches(
+            prompts,
+            [negative] * len(prompts),
+            self.encode_all(images, video),
+            base,
+            defaults.cfg_text[kind] if cfg_text is None else cfg_text,
+            defaults.cfg_image if cfg_image is None else cfg_image,
+        )
+        branches, parallel = share_branches(list(branches.values()), group)
+
+        def guided(x, t):
+            velocity = sum(weight * self.transformer(x, t, c, parallel).float() for weight, c in branches)
+            if group:
+                dist.all_reduce(velocity, group=group)
+            return velocity
+
+        if noise is None:
+            shape = (self.config.vae.latent_channels, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8)
+            seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in seeds])
+        noise = noise.to(self.mm_encoder.metaquery.device)
+        shift = defaults.shift[kind] if shift is None else shift
+        latents = sample(guided, noise, steps or defaults.steps, shift, progress)
+        if group and group.rank() > 0:
+            return None
+        return self.vae.decode(latents).float()
+
+    @classmethod
+    def load(cls, weights, config=None, device="cpu", dtype=torch.float32):
+        """Build the model on `meta` and stream its weights straight to `device` and `dtype`.
+
+        Args:
+            weights: a `.safetensors` file of this project; a folder with the public weights
+                (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or "random"
+                for random weights from a fixed seed.
+            config: a Config; by default the file's own, else the full size.
+        Raises: InputError that names the file, and the tensor or field that is missing, surplus or misshapen.
+        """
+        config, tokenizer, stream = open_weights(weights, config, device)
+        with torch.device("meta"):
+            model = cls(config, tokenizer)
+        model.fill(stream or random_tensors(model.saved_tensors(), device, dtype), weights, device, dtype)
+        return model.eval()
+
+    def fill(self, stream, source, device, dtype):
+        """Take the parameters from `stream`, pairs of name and tensor, each read when it is asked for."""
+        expected, tensors = self.saved_tensors(), {}
+        for name, tensor in stream:
+            if name not in expected:
+                raise InputError(f"{source}: surplus tensor '{name}', which this config has no place for")
+            if tensor.shape != expected[name].shape:
+                shapes = f"{list(tensor.shape)}, the config asks for {list(expected[name].shape)}"
+                raise InputError(f"{source}: tensor '{name}' has shape {shapes}")
+            tensors[name] = tensor.to(device, dtype)
+        for name, parameter in expected.items():
+            if name.startswith("transformer." + MMDiT.UNUSED) and name not in tensors:
+                tensors[name] = torch.zeros(parameter.shape, dtype=dtype, device=device)
+        missing = sorted(expected.keys() - tensors.keys())
+        if missing:
+            raise InputError(f"{source}: tensor '{missing[0]}' is missing ({len(missing)} in all)")
+        self.load_state_dict(tensors, strict=False, assign=True)
+        self.mm_encoder.mm_encoder.tie_weights()
+        restore_buffers(self.mm_encoder.mm_encoder, self.config, device, dtype)
+
+    def saved_tensors(self):
+        """The state dict, without the language model's head where that is the embedding again."""
+        tied = "mm_encoder.mm_encoder.lm_head.weight" if self.config.text.tie_word_embeddings else None
+        return {name: tensor for name, tensor in self.state_dict().items() if name != tied}
+
+    def save(self, path, tensors=None):
+        """Write one `.safetensors`: our weights, or `tensors` in their place, and config and tokenizer in its
+        metadata. The file gets its name when it is complete."""
+        tensors = tensors or self.saved_tensors()
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        tokenizer, unfinished = self.mm_encoder.tokenizer.to_str(), Path(f"{path}.partial")
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # a new file's; safetensors lets nobody but the owner read it
+        save_file(tensors, unfinished, {"config": json.dumps(asdict(self.config)), "tokenizer": tokenizer})
+        unfinished.chmod(mode)
+        unfinished.replace(path)
+
+    def offload(self, device):
+        """Move to a GPU that is too small for all weights. Those of the MMDiT's blocks and of the VLM's
+        layers stay in the host's memory and visit the GPU one by one, as FSDP does it, on one process."""
+        torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        # Under torchrun each process offloads for itself: its mesh, "alone", has one GPU.
+        meshes = init_device_mesh("cuda", (dist.get_world_size(), 1), mesh_dim_names=("all", "alone"))
+        vlm = self.mm_encoder.mm_encoder.model
+        layers = [*vlm.visual.blocks, *vlm.language_model.layers, *self.transformer.blocks()]
+        for layer in layers:
+            options = {"mesh": meshes["alone"], "reshard_after_forward": True}
+            fully_shard(layer, offload_policy=CPUOffloadPolicy(), **options)
+        visitors = {parameter for layer in layers for parameter in layer.parameters()}
+        for tensor in [*self.parameters(), *self.buffers()]:
+            if tensor not in visitors:
+                tensor.data = tensor.data.to(device)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. Multi-modal conditions (2.1, figure 4): what the frozen VLM reads and what comes out of it
-# ----------------------------------------------------------------------------------------------------------
-
-SYSTEM_PROMPT = "You are a helpful assistant aimed at generating an output video caption."
-REWRITE_PROMPT = (
-    "Rewrite this short prompt as one detailed caption of the picture or video it asks for. Name subjects, "
-    "colours, background, light and motion, keep every fact, and answer with the caption alone.\n\n"
-)
-SPECIAL_TOKENS = (
-    "<|im_end|> <|endoftext|> <|im_start|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
+# --- 7. Several GPUs for one sample -------------------------------------------------------------------------
 
 
-def byte_tokenizer(special_tokens=SPECIAL_TOKENS, texts=()):
-    """A tokenizer without a file, for tiny models: the 256 bytes (their printable symbols, sorted), each word
-    of `texts` as a whole, then the special tokens."""
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(split.alphabet())
-    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
-    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, *sorted(words.difference(alphabet))])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
-    tokenizer.pre_tokenizer = split
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])
-    return tokenizer
+class SequenceParallel:
+    """Processes that run one guidance branch together (DeepSpeed-Ulysses). Each has a share of the tokens; in
+    attention, where tokens meet, it has all tokens and a share of the heads instead. Their number divides the
+    number of heads; streams are padded so that it divides the number of tokens."""
+
+    def __init__(self, group):
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+
+    def shard(self, x, text, rope, mask):
+        """This process's share of both streams [B, L, D], and the attention that joins all shares.
+
+        rope and mask are those of the whole sequence [visual, text]. In attention tokens stand as the shares
+        do: visual and text of process 0, those of process 1, ... Attention does not mind their order."""
+        visual, words = x.shape[1], text.shape[1]
+        streams = torch.arange(visual + words, device=x.device).split([visual, words])
+        shares = [F.pad(part, (0, -len(part) % self.size), value=-1).chunk(self.size) for part in streams]
+        # Which token stands where. 5 visual ones, 3 of text, 2 processes: [[0, 1, 2, 5, 6], [3, 4, -1, 7, -1]]
+        layout = torch.stack([torch.cat(share) for share in zip(*shares)])
+        kept = (layout.flatten() >= 0).nonzero()[:, 0]
+        if mask is not None:
+            mask = mask[:, layout.flatten()[kept]]
+        own_rope = [part[layout[self.rank].clamp(min=0)] for part in rope]
+        return self.own(x), self.own(text), partial(self.attend, rope=own_rope, mask=mask, kept=kept)
+
+    def own(self, stream):
+        padded = F.pad(stream, (0, 0, 0, -stream.shape[1] % self.size))
+        return padded.chunk(self.size, 1)[self.rank].contiguous()
+
+    def gather(self, x, length):
+        """All shares [B, L / size, D] in their order, without padding: [B, length, D]."""
+        shares = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(shares, x.contiguous(), group=self.group)
+        return torch.cat(shares, 1)[:, :length]
+
+    def attend(self, q, k, v, rope, mask, kept):
+        """`attend` over all tokens: q, k, v [B, L / size, heads, head] -> [B, L / size, D]."""
+        return self.attend_to_all(apply_rope(q, rope), apply_rope(k, rope), v, mask, kept)
+
+    @torch.compiler.disable  # a compiled block is cut in two here
+    def attend_to_all(self, q, k, v, mask, kept):
+        q, k, v = (self.exchange(x, 2, 1) for x in (q, k, v))  # [B, padded L, heads / size, head]
+        length = q.shape[1]
+        if len(kept) < length:
+            q, k, v = q[:, kept], k[:, kept], v[:, kept]
+        x = attend(q, k, v, mask=mask)  # [B, L, D / size]
+        if len(kept) < length:
+            x = x.new_zeros(len(x), length, x.shape[2]).index_copy(1, kept, x)
+        return self.exchange(x, 1, 2)
+
+    def exchange(self, x, split, join):
+        """All-to-all: send a part along dimension `split` to each process, join theirs along `join`."""
+        parts = x.unflatten(split, (self.size, -1)).movedim(split, 0).contiguous()
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=self.group)
+        return received.movedim(0, join).flatten(join, join + 1)
+
+
+@lru_cache  # subgroups are made once, by all processes together
+def subgroup(size, group):
+    return dist.new_subgroups(size, group)[0]
+
+
+def share_branches(branches, group):
+    """Divide guidance branches over a group of processes: a team of processes for each if that divides evenly,
+    else one team for all. The processes of a team share the tokens.
+
+    Args: (weight, Condition) of each branch.
+    Returns: those of this process, so weighted that the sum over all processes is the guided velocity, and
+        the SequenceParallel that they run in, or None."""
+    if group is None:
+        return branches, None
+    teams = len(branches) if group.size() % len(branches) == 0 else 1
+    size = group.size() // teams
+    own = branches[group.rank() // size :: teams]
+    own = [(weight / size, branch) for weight, branch in own]  # each of a team adds the same velocity
+    return own, SequenceParallel(subgroup(size, group)) if size > 1 else None
+
+
+# --- 8. Reference pixels: letterboxing, resizing, the VLM's patches -----------------------------------------
 
 
 def letterbox_size(width, height, area, multiple=16):
@@ -252,9 +1349,15 @@ def letterbox(image, area):
 
 
 def video_size(width, height, area):
-    """(h, w) of the given area at the aspect ratio width / height: the size at which a clip is read."""
+    """(h, w) of the given area at the aspect ratio width / height: the size at which a clip is decoded."""
     h = math.sqrt(area / (width / height))
     return round(h), round(h * (width / height))
+
+
+def crop16(frames):
+    """Frames [T, H, W, 3] cropped at bottom and right to multiples of 16."""
+    height, width = frames.shape[1:3]
+    return frames[:, : height // 16 * 16, : width // 16 * 16]
 
 
 def vlm_size(height, width, multiple, least, most, frames=1):
@@ -272,45 +1375,19 @@ def vlm_size(height, width, multiple, least, most, frames=1):
     return h, w
 
 
+def spread_frames(length, count):
+    """Which frames of a clip the VLM sees: `count` indices from the first to the last one."""
+    return torch.linspace(0, length - 1, count).round().int().tolist()
+
+
 def to_frames(images):
     """PIL images of one size, or a uint8 array [T, H, W, 3] -> uint8 [T, 3, H, W]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
-def bicubic(frames, size):
-    """Antialiased resizing of [T, 3, H, W] to (h, w), in float32 and not clamped."""
-    return F.interpolate(frames.float(), size, mode="bicubic", antialias=True)
-
-
-def bicubic_uint8(frames, size):
-    """The same for uint8: width first, 16-bit weights, rounded after each axis.
-
-    This is torch's uint8 arithmetic on x86, which the release's image processor uses. It is written out
-    because torch rounds differently on other processors and in other versions.
-    """
-    x = frames.double()
-    for length in (size[1], size[0]):
-        scale = x.shape[-1] / length
-        centers = (torch.arange(length, dtype=x.dtype)[:, None] + 0.5) * scale
-        d = ((torch.arange(x.shape[-1], dtype=x.dtype) + 0.5 - centers) / max(scale, 1.0)).abs()
-        near, far = (1.5 * d - 2.5) * d * d + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2  # cubic kernel, a = -1/2
-        weights = torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
-        weights /= weights.sum(1, keepdim=True)
-        one = 2.0 ** math.floor(math.log2((2**15 - 0.5) / weights.max()))
-        weights = (weights * one + 0.5 * weights.sign()).trunc()
-        x = ((x @ weights.T + one / 2) / one).floor().clamp(0, 255).mT
-    return x
-
-
-def fit_clip(clip, area=None):
-    """A clip uint8 [T, H, W, 3], scaled to `area` pixels, if given, at its own aspect ratio, and cropped at
-    bottom and right to multiples of 16 -> [T, 3, h, w] in 0..255."""
-    height, width = clip.shape[1:3]
-    h, w = video_size(width, height, area) if area else (height, width)
-    if min(h, w) < 16:
-        raise InputError(f"a frame of {width} x {height} is too narrow: one side gets less than 16 pixels")
-    frames = bicubic(to_frames(clip), (h, w)).round().clamp(0, 255)
-    return frames[..., : h // 16 * 16, : w // 16 * 16]
+def resize(frames, size):
+    """Antialiased bicubic resizing of [T, 3, H, W] to (h, w): of uint8 rounded, of floats not clamped."""
+    return F.interpolate(frames, size, mode="bicubic", antialias=True)
 
 
 def normalize(frames):
@@ -349,1355 +1426,25 @@ class Reference:
     def image(cls, image, area, config):
         """A PIL image, letterboxed to `area` pixels. `config` is a VisionConfig."""
         image = letterbox(image, area)
-        (h, w), rule = vlm_size(image.height, image.width, *config.image_resize[0]), config.image_resize[1]
+        h, w = vlm_size(image.height, image.width, *config.image_resize[0])
         seen = to_frames([image.resize((w, h), Image.BICUBIC)])
-        seen = bicubic_uint8(seen, vlm_size(h, w, *rule))
-        return cls(normalize(to_frames([image])), *patchify(normalize(seen), config), is_video=False)
+        seen = resize(seen, vlm_size(h, w, *config.image_resize[1]))
+        patches, grid = patchify(normalize(seen), config)
+        return cls(normalize(to_frames([image])), patches, grid, is_video=False)
 
     @classmethod
-    def video(cls, clip, frames, config, area=None):
-        """A clip, uint8 [T, H, W, 3]. The VAE gets its first `frames` (4k + 1), at `area` pixels, if given,
-        and the VLM 8 frames spread over all of it."""
-        length, height, width = clip.shape[:3]
-        if length < 5:
-            raise InputError(f"the video has {length} frame(s), and the VAE needs at least 5")
-        first = fit_clip(clip[: (min(frames, length) - 1) // 4 * 4 + 1], area)
-        spread = torch.linspace(0, length - 1, config.video_frames).round().long()
-        size, rule = vlm_size(height, width, *config.video_resize[0]), config.video_resize[1]
-        seen = bicubic(to_frames(clip[spread]), size).round().clamp(0, 255)
-        seen = bicubic(seen, vlm_size(*size, *rule, frames=len(spread)))
-        return cls(normalize(first), *patchify(normalize(seen), config), is_video=True)
-
-
-@dataclass
-class EncodedReference:
-    """A reference after both encoders. Neither depends on the prompt, so all guidance branches share it."""
-
-    latents: Tensor  # [B, C, T, H, W], scaled
-    features: Tensor  # [B, t*h*w / 4, D] of the VLM
-    deepstack: list  # the same shape, for each of the VLM's deepstack layers
-    grid: tuple
-    is_video: bool
-
-
-@dataclass
-class Condition:
-    """What the MMDiT is conditioned on."""
-
-    tokens: Tensor  # [B, L, text_embed_dim]: prompt, then learnable queries
-    mask: Tensor | None  # [B, L], True where valid; None where nothing is padded
-    references: list  # latents [B, C, T, H, W] that stand in the visual sequence
-    boundaries: list  # one (start, end) per reference, each [B, D]
-
-
-@dataclass
-class Prompt:
-    """Figure 4's template, filled in and tokenised."""
-
-    ids: list  # L token ids
-    head: Tensor  # [3, H]: positions of what stands before the text
-    starts: list  # for each reference, the index of its (first) start token
-    ends: list  # and of its (last) end token
-
-    @property
-    def positions(self):
-        """[3, L]: M-RoPE positions in time, height and width. Text counts on all three."""
-        text = self.head.max() + 1 + torch.arange(len(self.ids) - self.head.shape[1])
-        return torch.cat([self.head, text.expand(3, -1)], 1)
-
-
-def plain_ids(tokenizer, text):
-    """Token ids of a text that stays text: a special token spelled in it is not one."""
-    tokenizer.encode_special_tokens = True
-    return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def build_prompt(tokenizer, text, references, merge):
-    """Figure 4: system line, images, video, text. `references` need `grid` and `is_video`; `merge` is the
-    VLM's spatial_merge_size."""
-    head, before, behind = template(tokenizer, tuple((r.grid, r.is_video) for r in references), merge)
-    return replace(head, ids=head.ids + plain_ids(tokenizer, before + text) + behind)
-
-
-@lru_cache(maxsize=64)  # a batch's prompts have it in common
-def template(tokenizer, references, merge):
-    """What stands around a prompt's own text: a Prompt; the text between its end and the own one, with which
-    that is tokenised as one; and the ids behind it. references: (grid, is_video) of each."""
-
-    def special(name, h=1, w=1):  # a token as (id, height, width), of which all but images' are 1 x 1
-        return [(tokenizer.token_to_id(f"<|{name}|>"), h, w)]
-
-    def plain(text):
-        return [(token, 1, 1) for token in plain_ids(tokenizer, text)]
-
-    im_start, im_end, start, end = map(special, ("im_start", "im_end", "vision_start", "vision_end"))
-    head = im_start + plain(f"system\n{SYSTEM_PROMPT}") + im_end + plain("\n") + im_start
-    behind = im_end + plain("\n") + im_start + plain("assistant\n")
-    before, first = "user\n", [0]  # first: how many start tokens stand before each reference
-    for number, ((t, h, w), is_video) in enumerate(references, 1):
-        h, w = h // merge, w // merge
-        if not is_video:
-            head += plain(f"{before}Image {number}: ") + start + special("image_pad", h, w) + end
-        for pair in range(t if is_video else 0):  # two frames each; the release assumes 24 frames a second
-            name = "" if pair else f"{before}Video 1: "
-            moment = plain(f"{name}<{(2 * pair + 0.5) / 24:.1f} seconds>")
-            head += moment + start + special("video_pad", h, w) + end
-        before = ""
-        first.append(first[-1] + (t if is_video else 1))
-
-    ids, positions, offset = [], [], 0
-    for token, h, w in head:
-        ids += [token] * (h * w)
-        positions += [(offset, offset + row, offset + column) for row in range(h) for column in range(w)]
-        offset += max(h, w)
-    starts, ends = ([i for i, x in enumerate(ids) if x == edge[0][0]] for edge in (start, end))
-    starts, ends = [starts[i] for i in first[:-1]], [ends[i - 1] for i in first[1:]]
-    return Prompt(ids, torch.tensor(positions).T, starts, ends), before, [token for token, _, _ in behind]
-
-
-# Attention kernels that take any length as it comes: all but cuDNN's.
-ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def attention_kernels(length):
-    """Context in which attention over fewer than 8192 tokens has no cuDNN kernel while gradients are wanted:
-    it spends up to two seconds on each new length, and in training each step has another. Without gradients,
-    where all steps are alike, it is the fastest; over 15,000 tokens with them, too (torch 2.11, H200)."""
-    return sdpa_kernel(ANY_LENGTH) if torch.is_grad_enabled() and length < 8192 else nullcontext()
-
-
-class Connector(nn.Module):
-    """Two-layer MLP from the VLM's hidden states to the MMDiT (2.1)."""
-
-    def __init__(self, in_dim, out_dim):
-        super().__init__()
-        self.norm_qwen = nn.RMSNorm(in_dim, eps=1e-6)
-        hidden = 4 * out_dim
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, out_dim))
-
-    def forward(self, hidden):  # [..., in_dim] -> [..., out_dim]
-        return self.mlp(self.norm_qwen(hidden))
-
-
-class MultiModalEncoder(nn.Module):
-    """Frozen Qwen3-VL, learnable queries behind the prompt, and the two connectors (2.1, figure 3 left)."""
-
-    def __init__(self, config, tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.merge, self.boundary_tokens = config.vision.spatial_merge_size, config.boundary_tokens
-        self.mm_encoder = build_vlm(config)
-        width = config.text.hidden_size
-        self.metaquery = nn.Parameter(torch.randn(config.num_queries, width) / math.sqrt(width))
-        self.connector = Connector(width, config.mmdit.text_embed_dim)
-        self.connector_vae_branch = Connector(width, config.mmdit.width)
-        self.mm_encoder.requires_grad_(False)
-
-    def look(self, reference):
-        """The vision tower: features [B, n, D] and, for each deepstack layer, features of that shape."""
-        vision, (t, h, w) = self.mm_encoder.model.visual, reference.grid
-        batch = reference.patches.shape[0]
-        patches = reference.patches.flatten(0, 1).to(self.metaquery.device, vision.dtype)
-        # Frames neither see nor count each other: B references are the frames of one long video.
-        output = vision(patches, grid_thw=torch.tensor([[batch * t, h, w]], device=patches.device))
-        features, deepstack = output[-2], output[-1]  # transformers 5's record ends in transformers 4's pair
-        return features.unflatten(0, (batch, -1)), [layer.unflatten(0, (batch, -1)) for layer in deepstack]
-
-    def read(self, prompts, references):
-        """The VLM's penultimate hidden states for the prompts and, behind them, the learnable queries.
-
-        The prompt runs once without gradient and leaves its keys and values; the queries run against those,
-        with gradient. Attention is causal, so this equals one pass over both, and training memory does not
-        depend on the prompt's length.
-
-        Args:
-            prompts: B texts. references: EncodedReferences of batch size B (or 1), images before the video.
-        Returns:
-            hidden [B, L, D], mask [B, L] or None, and where the boundary tokens are, starts and ends [B, R].
-        """
-        batch = [build_prompt(self.tokenizer, text, references, self.merge) for text in prompts]
-        cache = DynamicCache()
-        with torch.no_grad():
-            hidden, positions, mask = self.prefill(batch, references, cache)[1:]
-        pad = torch.tensor([[hidden.shape[1] - len(prompt.ids)] for prompt in batch])
-        edges = torch.tensor([batch[0].starts, batch[0].ends], dtype=torch.long)[:, None]  # alike in all
-        starts, ends = (edges + pad).to(hidden.device)
-        queries = self.metaquery.to(hidden.dtype).expand(len(batch), -1, -1)
-        # The release starts the queries' positions at the last prompt token's, not one after it.
-        positions = positions[:, :, -1:] + torch.arange(queries.shape[1], device=hidden.device)
-        if queries.shape[1]:
-            mask = mask if mask is None else F.pad(mask, (0, queries.shape[1]), value=True)
-            hidden = torch.cat([hidden, self.language(queries, positions, mask, cache)[1]], 1)
-        return hidden, mask, starts, ends
-
-    def prefill(self, batch, references, cache):
-        """Run Prompts with their references' features through the language model, which leaves their keys and
-        values in `cache`. Returns its last states and its penultimate ones, both [B, L, D], positions
-        [3, B, L], and mask [B, L], or None where nothing is padded."""
-        device, longest = self.metaquery.device, max(batch, key=lambda prompt: len(prompt.ids))
-        pad = [len(longest.ids) - len(prompt.ids) for prompt in batch]  # on the left
-        filler = self.tokenizer.token_to_id("<|endoftext|>")
-        ids = torch.tensor([[filler] * n + prompt.ids for n, prompt in zip(pad, batch)], device=device)
-        place = torch.arange(len(longest.ids)) - torch.tensor(pad)[:, None]  # [B, L], in the prompt
-        # The references are the same in all, so the others' positions are how the longest one's begin.
-        positions = longest.positions[:, place.clamp(min=0)].to(device)
-        mask = (place >= 0).to(device) if any(pad) else None
-        embeds, deepstack, where = self.mm_encoder.model.language_model.embed_tokens(ids), None, None
-        if references:
-            pads = [self.tokenizer.token_to_id(name) for name in ("<|image_pad|>", "<|video_pad|>")]
-            where = torch.isin(ids, torch.tensor(pads, device=device))
-            levels = zip(*[[r.features, *r.deepstack] for r in references])
-            features, *deepstack = [
-                torch.cat([part.expand(len(batch), -1, -1) for part in level], 1).flatten(0, 1)
-                for level in levels
-            ]
-            embeds = embeds.masked_scatter(where[..., None], features.to(embeds.dtype))
-        return *self.language(embeds, positions, mask, cache, where, deepstack), positions, mask
-
-    def language(self, embeds, positions, mask, cache, visual_mask=None, deepstack=None):
-        """The language model's last states, and the penultimate ones, which enter its last layer. Shapes:
-        embeds [B, L, D], positions [3, B, L], mask [B, all tokens so far]."""
-        model, entered = self.mm_encoder.model.language_model, []
-        order = cache.get_seq_length() + torch.arange(embeds.shape[1], device=embeds.device)
-        order = order.expand(1, embeds.shape[0], -1)  # with this fourth row the mask is plainly causal
-        watched = model.layers[-1].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-        with watched, sdpa_kernel(ANY_LENGTH):  # each prompt has a length of its own
-            # By position up to the embeddings: transformers 4 and 5 name the cache differently.
-            output = model(
-                None,
-                None if mask is None else mask.long(),
-                torch.cat([order, positions]),
-                cache,
-                embeds,
-                use_cache=True,
-                visual_pos_masks=visual_mask,
-                deepstack_visual_embeds=deepstack,
-            )
-        return output.last_hidden_state, entered[0]
-
-    def forward(self, prompts, references, vae_branch=True):
-        """Condition for the MMDiT. With `vae_branch` off the references reach the VLM only (image
-        reconstruction, appendix B)."""
-        hidden, mask, starts, ends = self.read(prompts, references)
-        rows, latents, boundaries = torch.arange(len(prompts), device=hidden.device)[:, None], [], []
-        weights = self.connector.mlp[0].weight.dtype
-        if references and vae_branch:
-            latents = [r.latents.expand(len(prompts), -1, -1, -1, -1) for r in references]
-            if self.boundary_tokens:
-                edges = torch.stack([hidden[rows, starts], hidden[rows, ends]], 2).to(weights)  # [B, R, 2, D]
-                boundaries = [pair.unbind(1) for pair in self.connector_vae_branch(edges).unbind(1)]
-        return Condition(self.connector(hidden.to(weights)), mask, latents, boundaries)
-
-    @torch.no_grad()
-    def answer(self, prompts, references=(), max_new_tokens=200):
-        """What the VLM itself says to the prompts and EncodedReferences: B texts. Greedy, so repeatable."""
-        batch = [build_prompt(self.tokenizer, text, references, self.merge) for text in prompts]
-        cache, end, ids = DynamicCache(), self.tokenizer.token_to_id("<|im_end|>"), []
-        last, _, positions, mask = self.prefill(batch, references, cache)
-        done = torch.zeros(len(batch), dtype=torch.bool, device=last.device)
-        while len(ids) < max_new_tokens and not done.all():
-            ids.append(self.mm_encoder.lm_head(last[:, -1]).argmax(-1).masked_fill(done, end))
-            done |= ids[-1] == end
-            positions = positions.amax((0, 2), keepdim=True).expand(3, -1, 1) + 1  # text counts on all axes
-            mask = mask if mask is None else F.pad(mask, (0, 1), value=True)
-            embeds = self.mm_encoder.model.language_model.embed_tokens(ids[-1][:, None])
-            last = self.language(embeds, positions, mask, cache)[0]
-        rows = torch.stack(ids, 1).tolist()
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
-
-    def rewrite(self, prompts):
-        """Let the VLM expand short prompts into long ones (the paper's dagger)."""
-        return self.answer([REWRITE_PROMPT + prompt for prompt in prompts])
-
-
-def frame_attention(attention, x, cu_seqlens, position_embeddings, **_):
-    """The vision tower's attention, over frames of one size [frames * tokens, D], in one kernel. transformers
-    starts one for each frame: with 128 images in a batch of the tiny model 512 times for 4 layers."""
-    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
-    q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-    frames = len(cu_seqlens) - 1
-    return attention.proj(attend(*[part.unflatten(0, (frames, -1)) for part in (q, k, v)]).flatten(0, 1))
-
-
-def rms_norm(norm, x):
-    """The language model's norm in one kernel. transformers' takes eight, and to launch them takes most of a
-    prompt's time on a GPU."""
-    return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
-
-
-def build_vlm(config):
-    """Qwen3-VL of the config's sizes, with random weights; transformers knows the architecture."""
-    text, vision = asdict(config.text), asdict(config.vision)
-    for ours in ("image_resize", "video_resize", "video_frames"):
-        del vision[ours]
-    rope = {"rope_type": "default", "mrope_section": text.pop("mrope_section"), "mrope_interleaved": True}
-    text["rope_scaling"] = rope  # transformers 5 calls it rope_parameters, and still takes the old name
-    tie = text["tie_word_embeddings"]
-    both = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie)
-    vlm = Qwen3VLForConditionalGeneration(both).eval()
-    for block in vlm.model.visual.blocks:
-        block.attn.forward = partial(frame_attention, block.attn)
-    for module in vlm.model.language_model.modules():
-        if hasattr(module, "variance_epsilon"):
-            module.forward = partial(rms_norm, module)
-    return vlm
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 2. Interleaved omnimodal context (2.2, figure 5): references, boundary tokens and target on one timeline
-# ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Block:
-    """A piece of the visual sequence: a boundary token (shape 1 x 1 x 1) or a block of latent patches."""
-
-    kind: str  # "start", "reference", "end" or "target"
-    time: int  # where it begins on the RoPE time axis
-    shape: tuple  # (T, H, W) in patches
-
-    @property
-    def tokens(self):
-        return math.prod(self.shape)
-
-    def positions(self):
-        """[tokens, 3]: (t, h, w) of every token; height and width count from 0 in each block."""
-        t, h, w = (torch.arange(n) for n in self.shape)
-        return torch.stack(torch.meshgrid(self.time + t, h, w, indexing="ij"), -1).flatten(0, 2)
-
-
-def timeline(references, target, boundaries=True):
-    """Figure 5 as a list of Blocks: every reference between its two boundary tokens, then the target.
-
-    Args: shapes (T, H, W) in patches; without `boundaries` blocks follow each other directly (figure 11)."""
-    blocks, time = [], 0
-    for shape in references:
-        pieces = [("start", (1, 1, 1)), ("reference", shape), ("end", (1, 1, 1))]
-        for kind, size in pieces if boundaries else pieces[1:2]:
-            blocks.append(Block(kind, time, size))
-            time += size[0]
-    return [*blocks, Block("target", time, target)]
-
-
-def pack(references, boundaries, target):
-    """One sequence of references, boundary tokens and noisy target, and where each token stands (figure 5).
-
-    Args:
-        references: patch embeddings [B, D, T, H, W], in the prompt's order.
-        boundaries: for each reference its (start, end), each [B, D]: the tokens that wrap it in the VLM,
-            projected. Empty: no boundary tokens.
-        target: patch embeddings [B, D, T, H, W] of the noisy target.
-    Returns:
-        tokens [B, L, D], the target's last, and positions [L, 3] in (time, height, width).
-    """
-    tokens = []
-    for k, reference in enumerate(references):
-        block = reference.flatten(2).transpose(1, 2)
-        start_end = [token[:, None].to(block.dtype) for token in boundaries[k]] if boundaries else []
-        tokens += [*start_end[:1], block, *start_end[1:]]
-    tokens.append(target.flatten(2).transpose(1, 2))
-    blocks = timeline([r.shape[2:] for r in references], target.shape[2:], bool(boundaries))
-    return torch.cat(tokens, 1), torch.cat([block.positions() for block in blocks]).to(target.device)
-
-
-def rope_3d(positions, axes_dim, theta):
-    """Rotation of every token: angles position * theta**(-2i/d), with a share d of the head for each axis.
-
-    Args: positions [L, 3]; axes_dim: three even numbers that add up to the head's size.
-    Returns: (cos, sin), [L, 1, head / 2, 1] and [L, 1, head / 2, 2] with the signs that `rotate` needs."""
-    angles = []
-    for position, dim in zip(positions.unbind(-1), axes_dim, strict=True):
-        frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-        angles.append(position[:, None].float() * frequencies)
-    angles = torch.cat(angles, -1)[:, None, :, None]
-    return angles.cos(), torch.cat([-angles.sin(), angles.sin()], -1)
-
-
-def rotate(x, rope):
-    """Turn neighbouring pairs of channels, x [B, L, heads, head], by the angles of `rope_3d`: (a, b) becomes
-    (a cos - b sin, b cos + a sin)."""
-    cos, sin = rope
-    pairs = x.float().unflatten(-1, (-1, 2))
-    return (pairs * cos).addcmul_(pairs.flip(-1), sin).flatten(-2).to(x.dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 3. MMDiT (appendix A): dual-stream blocks, then single-stream blocks, modulated by the timestep
-# ----------------------------------------------------------------------------------------------------------
-
-
-def attend(q, k, v, mask=None):
-    """Softmax attention, q, k, v [B, L, heads, head] -> [B, L, D]. `mask` is True where a key may be seen."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    with attention_kernels(q.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-
-
-def sinusoid(t, dim=256):
-    """Sinusoidal features [B, dim] of t [B], cosines first, in float32."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = t[:, None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-def modulate(x, shift, scale):
-    """LayerNorm without parameters, then scale and shift from the timestep."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-
-class Modulation(nn.Module):
-    """The timestep embedding [B, D] as `count` vectors [B, 1, D]: shifts, scales and gates."""
-
-    def __init__(self, width, count):
-        super().__init__()
-        self.count = count
-        self.linear = nn.Linear(width, count * width)
-
-    def forward(self, embedding):
-        return self.linear(F.silu(embedding))[:, None].chunk(self.count, -1)
-
-
-class Embedder(nn.Module):
-    """Two-layer MLP for timestep, guidance and pooled text."""
-
-    def __init__(self, in_dim, width):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
-
-
-gelu = partial(F.gelu, approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    """Two-layer MLP of a block."""
-
-    def __init__(self, config, activation=gelu):
-        super().__init__()
-        width, hidden, self.activation = config.width, int(config.width * config.mlp_ratio), activation
-        first = nn.ModuleDict({"proj": nn.Linear(width, hidden)})
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, width)])
-
-    def forward(self, x):
-        return self.net[2](self.activation(self.net[0]["proj"](x)))
-
-
-class Attention(nn.Module):
-    """Query, key and value of one stream."""
-
-    def __init__(self, config, norm=True, out=True):
-        super().__init__()
-        width, head, self.heads = config.width, config.attention_head_dim, config.num_attention_heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.norm_q, self.norm_k = (nn.RMSNorm(head, eps=1e-6) if norm else nn.Identity() for _ in range(2))
-        if out:
-            self.to_out = nn.ModuleList([nn.Linear(width, width)])
-
-    def qkv(self, x):  # [B, L, D] -> 3 x [B, L, heads, head]
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
-
-
-class JointAttention(Attention):
-    """Attention over both streams: the text has projections of its own."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        width, head = config.width, config.attention_head_dim
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(width, width) for _ in range(3))
-        self.norm_added_q, self.norm_added_k = (nn.RMSNorm(head, eps=1e-6) for _ in range(2))
-        self.to_add_out = nn.Linear(width, width)
-
-    def text_qkv(self, x):
-        layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in layers)
-        return self.norm_added_q(q), self.norm_added_k(k), v
-
-
-class DualBlock(nn.Module):
-    """Two streams with weights of their own that meet in one attention."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.norm1, self.norm1_context = Modulation(config.width, 6), Modulation(config.width, 6)
-        self.attn = JointAttention(config)
-        self.ff, self.ff_context = FeedForward(config), FeedForward(config)
-
-    def forward(self, x, text, embedding, context):
-        """x [B, Lv, D] visual, text [B, Lt, D]; both come back in the same shapes."""
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(embedding)
-        t_shift, t_scale, t_gate, t_shift_ff, t_scale_ff, t_gate_ff = self.norm1_context(embedding)
-
-        visual_qkv = self.attn.qkv(modulate(x, shift, scale))
-        text_qkv = self.attn.text_qkv(modulate(text, t_shift, t_scale))
-        attended = context.attend(*[context.join(*pair) for pair in zip(visual_qkv, text_qkv)])
-        visual_attended, text_attended = context.part(attended)
-
-        x = x + gate * self.attn.to_out[0](visual_attended)
-        x = x + gate_ff * self.ff(modulate(x, shift_ff, scale_ff))
-        text = text + t_gate * self.attn.to_add_out(text_attended)
-        text = text + t_gate_ff * self.ff_context(modulate(text, t_shift_ff, t_scale_ff))
-        return x, text
-
-
-class SingleBlock(nn.Module):
-    """One stream of visual tokens and text; attention and feed-forward side by side."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, hidden = config.width, int(config.width * config.mlp_ratio)
-        self.norm = Modulation(width, 3)
-        self.attn = Attention(config, out=False)
-        self.proj_mlp = nn.Linear(width, hidden)
-        self.proj_out = nn.Linear(width + hidden, width)
-
-    def forward(self, x, embedding, context):  # x [B, L, D] -> [B, L, D]
-        shift, scale, gate = self.norm(embedding)
-        normed = modulate(x, shift, scale)
-        attended = context.attend(*self.attn.qkv(normed))
-        # proj_out of both side by side, as two products: that saves a copy of 5 D for each token.
-        of_attention, of_mlp = self.proj_out.weight.split([attended.shape[-1], self.proj_mlp.out_features], 1)
-        output = F.linear(attended, of_attention, self.proj_out.bias)
-        return x + gate * (output + F.linear(gelu(self.proj_mlp(normed)), of_mlp))
-
-
-class RefinerBlock(nn.Module):
-    """A plain transformer block over the text, gated by timestep and pooled text."""
-
-    def __init__(self, config):
-        super().__init__()
-        width = config.width
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(config, norm=False)
-        self.ff = FeedForward(config, F.silu)
-        self.norm_out = Modulation(width, 2)
-
-    def forward(self, x, embedding, mask):
-        gate, gate_ff = self.norm_out(embedding)
-        x = x + gate * self.attn.to_out[0](attend(*self.attn.qkv(self.norm1(x)), mask))
-        return x + gate_ff * self.ff(self.norm2(x))
-
-
-class TokenRefiner(nn.Module):
-    """Fits the conditioning tokens to the MMDiT before the first block."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, text = config.width, config.text_embed_dim
-        inputs = {"timestep_embedder": 256, "text_embedder": text}
-        self.time_text_embed = nn.ModuleDict({name: Embedder(n, width) for name, n in inputs.items()})
-        self.proj_in = nn.Linear(text, width)
-        blocks = nn.ModuleList([RefinerBlock(config) for _ in range(config.num_refiner_layers)])
-        self.token_refiner = nn.ModuleDict({"refiner_blocks": blocks})
-
-    def embed(self, tokens, mask):
-        """What no timestep changes: tokens [B, L, text_embed_dim] and their mean -> [B, L, D] and [B, D]."""
-        if mask is None:
-            pooled = tokens.mean(1)
-        else:
-            pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return self.proj_in(tokens), self.time_text_embed["text_embedder"](pooled)
-
-    def forward(self, x, pooled, mask, timestep):
-        """x and pooled from `embed`, mask [B, L] or None, timestep [B] in 0-999 -> [B, L, D]."""
-        embedding = self.time_text_embed["timestep_embedder"](sinusoid(timestep)) + pooled
-        seen = None if mask is None else mask[:, None, None]
-        for block in self.token_refiner["refiner_blocks"]:
-            x = block(x, embedding, seen)
-        return x
-
-
-class MMDiT(nn.Module):
-    """HunyuanVideo's transformer over the interleaved context: predicts the target's velocity."""
-
-    UNUSED = "time_text_embed.text_embedder."  # CLIP's pooled text: in the base checkpoint, not in VINO
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, width = config, config.width
-        self.patch = (config.patch_size_t, config.patch_size, config.patch_size)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv3d(config.in_channels, width, *[self.patch] * 2)})
-        self.context_embedder = TokenRefiner(config)
-        pooled = config.pooled_projection_dim
-        inputs = {"timestep_embedder": 256, "guidance_embedder": 256, "text_embedder": pooled}
-        self.time_text_embed = nn.ModuleDict({name: Embedder(n, width) for name, n in inputs.items()})
-        self.transformer_blocks = nn.ModuleList([DualBlock(config) for _ in range(config.num_layers)])
-        singles = [SingleBlock(config) for _ in range(config.num_single_layers)]
-        self.single_transformer_blocks = nn.ModuleList(singles)
-        self.norm_out = Modulation(width, 2)
-        self.proj_out = nn.Linear(width, math.prod(self.patch) * config.out_channels)
-
-    def blocks(self):
-        return [*self.transformer_blocks, *self.single_transformer_blocks]
-
-    def context(self, conditions, shape, crew=None):
-        """What no step changes: the Context of guidance branches that run together.
-
-        Args: the branches' Conditions, of one batch size; the shape (T, H, W) of the target's latents. A Crew
-        of several processes takes one branch."""
-        crew, config, embed = crew or Crew(), self.config, self.x_embedder["proj"]
-        grid, dtype = [n // size for n, size in zip(shape, self.patch)], embed.weight.dtype
-        fixed, text, positions, masks = [], [], [], []
-        for condition in conditions:
-            mask, references = condition.mask, [embed(latents.to(dtype)) for latents in condition.references]
-            tokens, pooled = self.context_embedder.embed(condition.tokens.to(dtype), mask)
-            blank = tokens.new_zeros(len(tokens), config.width, *grid)  # each step has its own target
-            packed, where = pack(references, condition.boundaries, blank)
-            fixed.append(packed[:, : -math.prod(grid)].clone())  # a view would keep all of it
-            text.append((tokens, pooled, mask))
-            # Text is not rotated: position 0 on every axis is the rotation by nothing.
-            positions += [where, where.new_zeros(tokens.shape[1], 3)]
-            if mask is not None:  # every visual token is seen
-                mask = crew.joint(mask.new_ones(packed.shape[:2]), mask)[:, None, None]
-            masks.append(mask)
-        visual, words = [len(part) for part in positions[::2]], [len(part) for part in positions[1::2]]
-        positions = torch.cat([crew.own(part, 0) for part in positions])
-        rope = rope_3d(positions, config.rope_axes_dim, config.rope_theta)
-        # The distilled guidance input is kept, at a constant.
-        guidance = sinusoid(torch.full((1,), 1000.0, device=positions.device))
-        guidance = self.time_text_embed["guidance_embedder"](guidance)
-        return Context(fixed, text, visual, words, masks, rope, guidance, crew)
-
-    def forward(self, latents, t, context):
-        """Velocities [branches, B, C, T, H, W] of the noisy target `latents` [B, C, T, H, W] at time t [B] in
-        [0, 1], 1 = noise, in each branch of a Context of the same batch size. A process of a crew returns the
-        velocity of its own tokens, and zero elsewhere."""
-        target = self.x_embedder["proj"](latents.to(self.x_embedder["proj"].weight.dtype))
-        timestep = 999 * t
-        embedding = self.time_text_embed["timestep_embedder"](sinusoid(timestep)) + context.guidance
-        texts = [self.context_embedder(*part, timestep) for part in context.text]
-        x, text = context.streams(target.flatten(2).transpose(1, 2), texts)
-
-        for block in self.transformer_blocks:
-            x, text = block(x, text, embedding, context)
-        x = context.join(x, text)
-        for block in self.single_transformer_blocks:
-            x = block(x, embedding, context)
-
-        scale, shift = self.norm_out(embedding)
-        velocity = self.proj_out(modulate(context.part(x)[0], shift, scale))
-        return torch.stack([self.unpatchify(part, target.shape[2:]) for part in context.targets(velocity)])
-
-    def unpatchify(self, x, shape):  # [B, T*H*W, C * patch] -> [B, C, T, H, W]
-        x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, tuple(shape))  # [B, T, H, W, C, pt, ph, pw]
-        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
-
-    def flops(self, context):
-        """Operations of one process of the crew in a forward: a token takes 2 for each weight of the blocks,
-        and 4 D for each token that it attends to."""
-        config, total = self.config, 0
-        weights = (4 + 2 * config.mlp_ratio) * config.width**2  # of one stream, in blocks of all three kinds
-        depth = config.num_layers + config.num_single_layers
-        for visual, words in zip(context.visual, context.words):
-            for layers, length in ((depth, visual + words), (config.num_refiner_layers, words)):
-                total += layers * length * (2 * weights + 4 * config.width * length)
-        return total * len(context.fixed[0]) / context.crew.size
-
-
-# --- Several guidance branches in one forward, and several GPUs for one branch -----------------------------
-
-
-@dataclass
-class Context:
-    """Guidance branches as the MMDiT sees them: all that no step changes.
-
-    They stand one behind the other in one sequence. Every layer but attention takes each token by itself, so
-    branches of any lengths run together without padding."""
-
-    fixed: list  # of each branch, [B, L, D]: the packed references, which the target follows
-    text: list  # of each branch, what TokenRefiner.forward gets: tokens [B, L, D], their mean [B, D], mask
-    visual: list  # of each branch, the number of visual tokens, the target's among them
-    words: list  # of each branch, the number of text tokens
-    masks: list  # of each branch, [B, 1, 1, L], True where a key may be seen; None where nothing is padded
-    rope: tuple  # (cos, sin) of the crew's share of the sequence
-    guidance: Tensor  # [1, D], embedded
-    crew: "Crew"  # the processes that share each stream's tokens: one, or there is one branch
-
-    def streams(self, target, texts):
-        """Our share of both streams, [B, L, D]. target: its tokens; texts: of each branch, refined."""
-        visual = torch.cat([part for fixed in self.fixed for part in (fixed, target)], 1)
-        return self.crew.own(visual), self.crew.own(joined(texts))
-
-    def targets(self, x):
-        """The target's tokens in each branch, from our share of the visual stream; others' are zero."""
-        branches = self.crew.alone(x, sum(self.visual)).split(self.visual, 1)
-        return [branch[:, fixed.shape[1] :] for branch, fixed in zip(branches, self.fixed)]
-
-    def lengths(self):
-        """Of our share, [visual, words, visual, words, ...] of the branches."""
-        return [self.crew.shares(n)[self.crew.rank] for pair in zip(self.visual, self.words) for n in pair]
-
-    def join(self, visual, text):
-        """Two streams -> one, in which each branch has its visual tokens first and then its text."""
-        lengths = self.lengths()
-        pairs = zip(visual.split(lengths[::2], 1), text.split(lengths[1::2], 1))
-        return torch.cat([part for pair in pairs for part in pair], 1)
-
-    def part(self, x):
-        """The reverse of `join`."""
-        parts = x.split(self.lengths(), 1)
-        return joined(parts[::2]), joined(parts[1::2])
-
-    def attend(self, q, k, v):
-        """Rotate, and let each branch attend to itself: 3 x [B, L, heads, head] -> [B, L, D]."""
-        q, k = rotate(q, self.rope), rotate(k, self.rope)
-        if self.crew.size > 1:
-            return self.crew.attend(q, k, v, self.masks[0], self.visual[0], self.words[0])
-        lengths = [sum(pair) for pair in zip(self.visual, self.words)]
-        branches = zip(*(x.split(lengths, 1) for x in (q, k, v)), self.masks)
-        return joined([attend(*branch) for branch in branches])
-
-
-def joined(parts):
-    """Pieces [B, L, ...] one behind the other. torch.cat alone would copy even a single one."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-# Guidance branches of up to so many visual tokens run together: small ones alone leave a GPU half idle.
-# Larger ones fill it, and together would only take the memory of all.
-TOGETHER = 8192
-
-
-def arrange(mmdit, conditions, shape, crew):
-    """The Contexts of all guidance branches: one while they are small, else one each."""
-    sizes = [math.prod(shape) + sum(math.prod(x.shape[2:]) for x in c.references) for c in conditions]
-    visual = len(conditions[0].tokens) * max(sizes) // math.prod(mmdit.patch)
-    if crew.size > 1 or visual > TOGETHER:
-        return [mmdit.context([condition], shape, crew) for condition in conditions]
-    return [mmdit.context(conditions, shape)]
-
-
-@dataclass
-class Crew:
-    """Processes that run a guidance branch together ("Ulysses"), each with a share of its tokens. In
-    attention, where tokens meet, each has all tokens instead, and a share of the heads. Their number must
-    divide the number of heads. A process by itself is a crew, too."""
-
-    group: dist.ProcessGroup | None = None
-    size: int = 1
-    rank: int = 0
-
-    def shares(self, length):
-        """How many of `length` tokens each process has, as by tensor_split."""
-        return [(length + self.size - 1 - rank) // self.size for rank in range(self.size)]
-
-    def own(self, x, dim=1):
-        """This process's share of x; of several a copy: for a view torch.compile would make another graph."""
-        return x if self.size == 1 else x.tensor_split(self.size, dim)[self.rank].clone()
-
-    def alone(self, x, length):
-        """This process's share among those of the others, which are zero: [B, own, D] -> [B, length, D]."""
-        before = sum(self.shares(length)[: self.rank])
-        return F.pad(x, (0, 0, before, length - before - x.shape[1]))
-
-    def joint(self, visual, text):
-        """[B, Lv, ...] and [B, Lt, ...] in the order of `attend`: visual tokens and text of each process."""
-        pairs = zip(visual.tensor_split(self.size, 1), text.tensor_split(self.size, 1))
-        return torch.cat([part for pair in pairs for part in pair], 1)
-
-    @torch.compiler.disable  # a compiled block is cut in two here
-    def attend(self, q, k, v, mask, visual, words):
-        """Attention over everyone's tokens, q, k, v [B, own, heads, head] -> [B, own, D]. visual, words: how
-        many tokens of each kind all processes have together."""
-        lengths = [sum(pair) for pair in zip(self.shares(visual), self.shares(words))]
-        own = [lengths[self.rank]] * self.size
-        x = torch.cat([q, k, v]).unflatten(2, (self.size, -1)).permute(2, 1, 0, 3, 4).contiguous()
-        tokens = x.new_empty(sum(lengths), *x.shape[2:])  # [L, 3 B, heads / size, head]
-        dist.all_to_all_single(tokens, x.flatten(0, 1), lengths, own, self.group)
-        x = attend(*tokens.transpose(0, 1).chunk(3), mask).transpose(0, 1).contiguous()  # [L, B, D / size]
-        heads = x.new_empty(sum(own), *x.shape[1:])
-        dist.all_to_all_single(heads, x, own, lengths, self.group)
-        return heads.unflatten(0, (self.size, -1)).permute(2, 1, 0, 3).flatten(2)
-
-
-@lru_cache  # groups are made once, by all processes
-def divide(branches, group):
-    """Divide a group of processes into crews: one for each guidance branch, if that comes out even, else one
-    for all branches. Returns the number of crews, which of them this process is in, and that one."""
-    count = branches if group.size() % branches == 0 else 1
-    size = group.size() // count
-    crew, _ = dist.new_subgroups(size, group)
-    return count, group.rank() // size, Crew(crew, size, crew.rank())
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 4. VAE (appendix A): HunyuanVideo's causal 3D autoencoder
-# ----------------------------------------------------------------------------------------------------------
-
-
-def layout(x):
-    """The memory format of the faster convolutions."""
-    return torch.channels_last_3d if x.is_cuda else torch.contiguous_format
-
-
-def empty(shape, like):
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like))
-
-
-def norm_factors(norm, chunks):
-    """GroupNorm of a clip in chunks as a factor and a summand for each channel, both [B, C, 1, 1, 1].
-
-    They come from float32 sums over rows, which are short and so exact, do not depend on the chunks, and are
-    enough to keep a GPU busy. Channels come last, as in its memory: otherwise sums are 40 times as slow.
-    """
-    sums = []
-    for x in chunks:
-        rows = x.permute(0, 2, 3, 4, 1)
-        norms = torch.linalg.vector_norm(rows, dim=3, dtype=torch.float32)
-        sums.append(torch.stack([rows.sum(3, dtype=torch.float32), norms.square()]))
-    groups = norm.num_groups  # [2, B, T, H, groups, C / groups] -> two of [B, groups, 1]
-    mean, square = torch.cat(sums, 2).unflatten(4, (groups, -1)).mean((2, 3, 5)).unsqueeze(3) / x.shape[4]
-    factor = norm.weight.view(groups, -1) * (square - mean.square() + norm.eps).rsqrt()
-    summand = norm.bias.view(groups, -1) - mean * factor
-    return [v.flatten(1)[..., None, None, None].to(x.dtype) for v in (factor, summand)]
-
-
-def padded(x, factors, before, past):
-    """x [B, C, T, H, W], or with factors silu(factor * x + summand), its edges in space repeated once.
-
-    In time it follows the frames `before` (padded ones), or its own first frame, `past` times. It is written
-    but once: a large VAE takes as long over memory as over convolutions.
-    """
-    (b, c, t, h, w), begin = x.shape, past if before is None else before.shape[2]
-    y = empty((b, c, begin + t, h + 2, w + 2), x)
-    new = y[:, :, begin:]
-    if factors:
-        torch.addcmul(factors[1], x, factors[0], out=new[..., 1:-1, 1:-1])
-        F.silu(new, inplace=True)  # with its edges, which are not yet set: it is fastest in one piece
-    else:
-        new[..., 1:-1, 1:-1] = x
-    for outer, inner in ((0, 1), (-1, -2)):
-        new[:, :, :, outer] = new[:, :, :, inner]
-        new[..., outer] = new[..., inner]
-    y[:, :, :begin] = new[:, :, :1] if before is None else before
-    return y
-
-
-def causal_conv(chunks, weight, bias, stride=(1, 1, 1), norm=None):
-    """A convolution over repeated edges, in space on both sides, in time in the past only; with a norm, of
-    silu(norm(x)).
-
-    A clip comes in chunks of frames [B, C, T, H, W] and leaves in chunks, each as soon as it is done. A chunk
-    sees the end of the one before it, so that the result is that of the clip in one piece. Gradients need all
-    in memory anyway: with them a clip is one chunk, and torch's own functions do.
-    """
-    past, kept, before = weight.shape[2] - 1, weight.shape[2] - stride[0], None
-    if torch.is_grad_enabled():
-        [x] = chunks
-        x = F.pad(F.silu(norm(x)) if norm else x, (1, 1, 1, 1, past, 0), mode="replicate")
-        yield F.conv3d(x, weight, bias, stride)
-        return
-    weight = weight.contiguous(memory_format=layout(weight))
-    factors = norm_factors(norm, chunks) if norm else None
-    for x in chunks:
-        x = padded(x, factors, before, past)
-        before = x[:, :, -kept:]
-        yield F.conv3d(x, weight, bias, stride)
-
-
-class CausalConv3d(nn.Module):
-    """`causal_conv` with weights of its own."""
-
-    def __init__(self, in_channels, out_channels, kernel=3, stride=1):
-        super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
-
-    def forward(self, chunks, norm=None):
-        return causal_conv(chunks, self.conv.weight, self.conv.bias, self.conv.stride, norm)
-
-
-class Resnet(nn.Module):
-    """Its result takes the place of its input, chunk by chunk: at the large end memory holds little else."""
-
-    def __init__(self, in_channels, out_channels, groups):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = CausalConv3d(in_channels, out_channels)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.conv2 = CausalConv3d(out_channels, out_channels)
-        if in_channels != out_channels:
-            self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1)
-
-    def forward(self, chunks):
-        hidden = []
-        for i, h in enumerate(self.conv1(chunks, self.norm1)):
-            hidden.append(h)
-            if hasattr(self, "conv_shortcut"):
-                chunks[i] = self.conv_shortcut.conv(chunks[i])
-        for i, h in enumerate(self.conv2(hidden, self.norm2)):
-            chunks[i] = chunks[i] + h
-        return chunks
-
-
-class FrameAttention(nn.Module):
-    """Single-head attention in which a frame sees itself and the past."""
-
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x):
-        tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)[:, None]  # [B, 1, T, H*W, C]
-        q, k, v = (layer(tokens) for layer in (self.to_q, self.to_k, self.to_v))
-        # One frame at a time needs neither a mask nor its quadratic memory. Without an axis for heads torch
-        # would write down all scores, in float32.
-        frames = [
-            F.scaled_dot_product_attention(q[:, :, t], *(z[:, :, : t + 1].flatten(2, 3) for z in (k, v)))
-            for t in range(x.shape[2])
-        ]
-        return x + self.to_out[0](torch.cat(frames, 1)).unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
-
-
-class Downsample(nn.Module):
-    """A causal convolution with a stride."""
-
-    def __init__(self, channels, factor):
-        super().__init__()
-        self.conv = CausalConv3d(channels, channels, stride=factor)  # factor = (time, height, width)
-
-    def forward(self, chunks):
-        return self.conv(chunks)
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour upsampling and a causal convolution of kernel 3, in one step on the small side.
-
-    Where an axis doubles, output 2i sees x[i-1], x[i], x[i], and output 2i + 1 sees x[i], x[i], x[i+1]: two
-    taps, one of them a sum, do for three. All 2 x 2 (x 2) kinds of output are channels of one convolution.
-    """
-
-    TAPS = [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]  # [kind of output, new tap, old tap]
-
-    def __init__(self, channels, factor):
-        super().__init__()
-        self.doubles_time = factor[0] == 2
-        self.conv = CausalConv3d(channels, channels)
-
-    def forward(self, chunks):
-        kernel, bias = self.conv.conv.weight.float(), self.conv.conv.bias
-        taps = kernel.new_tensor(self.TAPS)
-        # The first frame stands alone: T frames become 2T - 1, and frame i becomes 2i - 1 and 2i.
-        times = taps.flip(0) if self.doubles_time else torch.eye(3).to(taps)[None]
-        mix = torch.einsum("aut, bvh, cxw -> abcthwuvx", times, taps, taps).flatten(6).flatten(3, 5)
-        kinds = list(np.ndindex(mix.shape[:3]))
-        weight = kernel.flatten(2).flatten(0, 1) @ mix.flatten(0, 2)  # [kinds, C * C, new taps]
-        weight = weight.view(-1, len(bias), times.shape[1], 2, 2).to(bias.dtype)
-        for i, x in enumerate(causal_conv(chunks, weight, bias.repeat(len(kinds)))):
-            parts = x.unflatten(1, (len(kinds), -1)).unbind(1)  # [B, C, T, H + 1, W + 1], one for each kind
-            (b, c, t, h, w), rate = parts[0].shape, len(times)
-            y = empty((b, c, rate * t, 2 * h - 2, 2 * w - 2), x)
-            for (p, q, r), part in zip(kinds, parts):
-                y[:, :, p::rate, q::2, r::2] = part[..., q : q + h - 1, r : r + w - 1]
-            yield y[:, :, rate - 1 :] if i == 0 else y
-
-
-class MidBlock(nn.Module):
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.attentions = nn.ModuleList([FrameAttention(channels, groups)])
-        self.resnets = nn.ModuleList([Resnet(channels, channels, groups) for _ in range(2)])
-
-    def forward(self, x):
-        [x] = self.resnets[0]([x])
-        [x] = self.resnets[1]([self.attentions[0](x)])
-        return x
-
-
-class Coder(nn.Module):
-    """Encoder or decoder: levels of resnets, resampling between them, attention at the small end.
-
-    Without gradients the levels take a clip in chunks of up to `config.chunk_pixels`, and of one latent frame
-    at least. That bounds the memory and changes nothing else.
-    """
-
-    def __init__(self, config, in_channels, out_channels, up):
-        super().__init__()
-        self.config, self.up = config, up
-        groups, layers = config.norm_num_groups, config.layers_per_block + up
-        channels = config.block_out_channels[:: -1 if up else 1]
-        self.conv_in = CausalConv3d(in_channels, channels[0])
-        levels, width = [], channels[0]
-        for i, level_width in enumerate(channels):
-            widths = [width] + [level_width] * layers
-            resnets = nn.ModuleList([Resnet(a, b, groups) for a, b in pairwise(widths)])
-            level, width = nn.ModuleDict({"resnets": resnets}), level_width
-            if i < len(channels) - 1:  # space is resampled at each of these, time at the last two
-                factor = (2 if i >= len(channels) - 3 else 1, 2, 2)
-                name, resample = ("upsamplers", Upsample) if up else ("downsamplers", Downsample)
-                level[name] = nn.ModuleList([resample(width, factor)])
-            levels.append(level)
-        setattr(self, "up_blocks" if up else "down_blocks", nn.ModuleList(levels))
-        self.mid_block = MidBlock(channels[0] if up else channels[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = CausalConv3d(channels[-1], out_channels)
-
-    def chunks(self, x):
-        """Cut a clip between latent frames: of pixels the first of those is 1 frame, every other is 4."""
-        if torch.is_grad_enabled():
-            return [x]
-        pixels, per_latent = x.shape[3] * x.shape[4] * (64 if self.up else 1), 1 if self.up else 4
-        length = per_latent * max(1, self.config.chunk_pixels // (4 * pixels))
-        return list(x.tensor_split([*range(length - per_latent + 1, x.shape[2], length)], 2))
-
-    def forward(self, x):
-        if self.up:
-            [x] = self.conv_in([x])
-            chunks = self.chunks(self.mid_block(x))
-        else:
-            chunks = list(self.conv_in(self.chunks(x)))
-        for level in self.up_blocks if self.up else self.down_blocks:
-            for group in level.values():
-                for layer in group:
-                    chunks = list(layer(chunks))
-        if not self.up:
-            chunks = [self.mid_block(torch.cat(chunks, 2))]
-        return torch.cat(list(self.conv_out(chunks, self.conv_norm_out)), 2)
-
-
-def tiled(function, x, dim, tile, stride, ratio, lead=0):
-    """Apply `function` to overlapping tiles of x along `dim` and blend where they overlap.
-
-    Args:
-        tile, stride: in units of x. ratio: the output's length over the input's.
-        lead: 1 along time, where a tile's first frame has no past: later tiles start early, and drop it.
-    """
-    length = x.shape[dim]
-    if length <= tile:
-        return function(x)
-    step, overlap = int(stride * ratio), int((tile - stride) * ratio)
-    result, previous = [], None
-    for begin in range(0, length - lead, stride):
-        output = function(x.narrow(dim, begin, min(tile + lead, length - begin)))
-        first, output = output.split([lead, output.shape[dim] - lead], dim)
-        if previous is None:
-            result.append(first)
-        else:
-            blend = min(overlap, output.shape[dim], previous.shape[dim] - step)
-            weight = (torch.arange(blend, device=x.device) / blend).to(output.dtype)
-            weight = weight.view([-1 if d == dim else 1 for d in range(x.dim())])
-            head, rest = output.split([blend, output.shape[dim] - blend], dim)
-            output = torch.cat([previous.narrow(dim, step, blend) * (1 - weight) + head * weight, rest], dim)
-        result.append(output.narrow(dim, 0, min(step, output.shape[dim])))
-        previous = output
-    return torch.cat(result, dim)
-
-
-class VAE(nn.Module):
-    """Pixels [B, 3, 4(T-1)+1, 8H, 8W] in [-1, 1] <-> scaled latents [B, C, T, H, W]."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        latent = config.latent_channels
-        self.encoder = Coder(config, 3, 2 * latent, up=False)
-        self.decoder = Coder(config, latent, 3, up=True)
-        self.quant_conv = nn.Conv3d(2 * latent, 2 * latent, 1)
-        self.post_quant_conv = nn.Conv3d(latent, latent, 1)
-
-    def in_tiles(self, function, x, space, time):
-        """Apply `function` to x in tiles: of 16 frames always, as the public model does; in space only where
-        frames are large. `space` and `time` are how much longer the result is than x."""
-        frames = [int(n / max(time, 1)) for n in self.config.tile_frames]
-        sides = [int(n / max(space, 1)) for n in self.config.tile_pixels]
-
-        def spatial(part):
-            return tiled(lambda row: tiled(function, row, 4, *sides, space), part, 3, *sides, space)
-
-        large = x.shape[3] * x.shape[4] * max(space, 1) ** 2 > self.config.untiled_area
-        return tiled(spatial if large else function, x, 2, *frames, time, lead=1)
-
-    def moments(self, pixels):
-        """The posterior's mean and log-variance, each [B, C, T, H, W], not scaled."""
-        parts = self.in_tiles(lambda x: self.quant_conv(self.encoder(x)), pixels, space=1 / 8, time=1 / 4)
-        return parts.chunk(2, 1)
-
-    def encode(self, pixels):
-        """Scaled latents: the posterior's mean, so that the same input gives the same picture."""
-        return self.moments(pixels.to(self.quant_conv.weight.dtype))[0] * self.config.scaling_factor
-
-    def decode(self, latents):
-        """Pixels, not clamped."""
-        latents = latents.to(self.quant_conv.weight.dtype) / self.config.scaling_factor
-        return self.in_tiles(lambda z: self.decoder(self.post_quant_conv(z)), latents, space=8, time=4)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 5. Rectified flow and guidance (appendix B)
-# ----------------------------------------------------------------------------------------------------------
-
-
-def shift_time(u, shift):
-    """Move uniform times u in [0, 1] towards noise: large pictures need more steps there (table 1)."""
-    return shift * u / (1 - u + shift * u)
-
-
-def flow_loss(velocity, data, noise, u, shift):
-    """Rectified flow: on the straight line x_t = (1 - t) data + t noise the velocity is noise - data.
-
-    Args: velocity, the function of (x_t, t) that predicts it; data, noise [B, C, T, H, W]; u [B], uniform in
-    [0, 1]. Returns the squared error of each sample, [B]."""
-    t = shift_time(u, shift)
-    weight = t.view(-1, 1, 1, 1, 1)
-    predicted = velocity((1 - weight) * data + weight * noise, t)
-    return (predicted.float() - (noise - data)).square().flatten(1).mean(1)
-
-
-def guidance_weights(cfg_text, cfg_image):
-    """How much each branch's velocity counts. Without image guidance (cfg_image = 1) this is
-    v_text_dropped + w_text (v - v_text_dropped); with it
-    v_image_dropped + w_image (v_text_dropped - v_image_dropped) + w_text (v - v_text_dropped)."""
-    return {"full": cfg_text, "text_dropped": cfg_image - cfg_text, "image_dropped": 1 - cfg_image}
-
-
-def time_steps(steps, shift):
-    """Times [steps] from 1 down, and the differences [steps] to the next one (the last goes to 0)."""
-    times = shift_time(torch.linspace(1, 0, steps + 1), shift)
-    return times[:-1], times[:-1] - times[1:]
-
-
-def sample(velocity, noise, steps, shift, progress=False):
-    """Euler's method from noise to data. `velocity` is a function of (x, t [B])."""
-    x = noise
-    times, differences = time_steps(steps, shift)
-    for t, dt in zip(tqdm(times, desc="denoising", unit="step", disable=not progress), differences):
-        x = x - dt.to(x) * velocity(x, t.to(x).expand(x.shape[0])).to(x.dtype)
-    return x
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 6. Vino: all of it together
-# ----------------------------------------------------------------------------------------------------------
-
-
-HUB = {  # the public weights: repository -> files
-    "Qwen/Qwen3-VL-4B-Instruct": ["*.json", "*.safetensors"],
-    "hunyuanvideo-community/HunyuanVideo": ["transformer/*", "vae/*"],
-    "SOTAMak1r/VINO-weight": ["vino.ckpt"],
-}
-
-
-class Vino(nn.Module):
-    """Figure 3. Parameter names are the public checkpoint's: `transformer.`, `mm_encoder.`, and `vae.`."""
-
-    def __init__(self, config, tokenizer):
-        super().__init__()
-        self.config = config
-        self.mm_encoder = MultiModalEncoder(config, tokenizer)
-        self.transformer = MMDiT(config.mmdit)
-        self.vae = VAE(config.vae).requires_grad_(False)
-
-    @classmethod
-    def load(cls, weights, config=None, device="cpu", dtype=torch.float32):
-        """Build the model on `meta` and stream its weights straight to `device` and `dtype`.
-
-        Args:
-            weights: a `.safetensors` file of this project; a folder with the public weights
-                (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or "random"
-                for random weights from a fixed seed.
-            config: a Config; by default the file's own, else the full size.
-        Raises: InputError that names the file, and the tensor or field that is missing, surplus or misshapen.
-        """
-        if str(weights) == "random":
-            config, tokenizer, stream = config or Config(), byte_tokenizer(), None
-        elif Path(weights).suffix == ".safetensors":
-            config, tokenizer = read_metadata(weights, config)
-            stream = read_safetensors([weights], "", device)
-        else:
-            config = config or Config()
-            vlm, base, ckpt = locate(weights)
-            tokenizer = read_tokenizer(vlm)
-            stream = read_public(vlm, base, ckpt, config, device)
-        with torch.device("meta"):
-            model = cls(config, tokenizer)
-        model.fill(stream or random_tensors(model.saved_tensors(), device, dtype), weights, device, dtype)
-        return model.eval()
-
-    def fill(self, stream, source, device, dtype):
-        """Take parameters from `stream`, pairs of a name and a function that reads the tensor."""
-        expected, tensors = self.saved_tensors(), {}
-        for name, read in stream:
-            if name not in expected:
-                raise InputError(f"{source}: surplus tensor '{name}', which this config has no place for")
-            tensor = read()
-            if tensor.shape != expected[name].shape:
-                shapes = f"{list(tensor.shape)}, the config asks for {list(expected[name].shape)}"
-                raise InputError(f"{source}: tensor '{name}' has shape {shapes}")
-            tensors[name] = tensor.to(device, dtype)
-        for name, parameter in expected.items():
-            if name.startswith("transformer." + MMDiT.UNUSED) and name not in tensors:
-                tensors[name] = torch.zeros(parameter.shape, dtype=dtype, device=device)
-        missing = sorted(expected.keys() - tensors.keys())
-        if missing:
-            raise InputError(f"{source}: tensor '{missing[0]}' is missing ({len(missing)} in all)")
-        self.load_state_dict(tensors, strict=False, assign=True)
-        vlm, text, vision = self.mm_encoder.mm_encoder, self.config.text, self.config.vision
-        vlm.tie_weights()
-        for module, dim, theta in [
-            (vlm.model.language_model.rotary_emb, text.head_dim, text.rope_theta),
-            (vlm.model.visual.rotary_pos_emb, vision.hidden_size // vision.num_heads // 2, 1e4),
-        ]:  # what transformers computes when it builds a module, and does not save
-            for name, _ in list(module.named_buffers()):
-                frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-                module.register_buffer(name, frequencies.to(device), persistent=False)
-
-    def saved_tensors(self):
-        """The state dict, without the language model's head where that is the embedding again."""
-        tied = "mm_encoder.mm_encoder.lm_head.weight" if self.config.text.tie_word_embeddings else None
-        return {name: tensor for name, tensor in self.state_dict().items() if name != tied}
-
-    def save(self, path, tensors=None):
-        """Write one `.safetensors`: our weights, or `tensors` in their place, and config and tokenizer in its
-        metadata. The file gets its name when it is complete."""
-        tensors = tensors or self.saved_tensors()
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        tokenizer, unfinished = self.mm_encoder.tokenizer.to_str(), Path(f"{path}.partial")
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
-        save_file(tensors, unfinished, {"config": json.dumps(asdict(self.config)), "tokenizer": tokenizer})
-        unfinished.chmod(mode)  # safetensors lets nobody but the owner read it
-        unfinished.replace(path)
-
-    def offload(self, device):
-        """Move to a GPU that is too small for all weights, from the host: layers of the MMDiT and of the VLM
-        stay there, and come to the GPU one by one. From now on the model cannot be saved."""
-        vlm = self.mm_encoder.mm_encoder.model
-        for layers in (self.transformer.blocks(), vlm.language_model.layers, vlm.visual.blocks):
-            Offload(layers, device)
-        self.to(device)
-
-    @torch.no_grad()
-    def encode(self, reference):
-        """Both encoders of a Reference (2.2) -> EncodedReference."""
-        latents = self.vae.encode(reference.pixels.to(self.mm_encoder.metaquery.device))
-        return EncodedReference(latents, *self.mm_encoder.look(reference), reference.grid, reference.is_video)
-
-    def velocity(self, latents, t, condition):
-        """Predicted noise - data, [B, C, T, H, W], at times t [B]."""
-        return self.transformer(latents, t, self.transformer.context([condition], latents.shape[2:]))[0]
-
-    def branches(self, prompts, negatives, images, video, base, cfg_text, cfg_image):
-        """Guidance's conditions: {name: (weight, Condition)}, without those that do not count.
-
-        "text_dropped" keeps all references; "image_dropped" keeps the video and, with `base`, the last image:
-        the one being edited. Args: lists of B texts, lists of EncodedReferences."""
-        kept = images[-1:] if base else []
-        if len(kept) == len(images):
-            cfg_image = 1.0  # no image to drop
-        inputs = {
-            "full": (prompts, [*images, *video]),
-            "text_dropped": (negatives, [*images, *video]),
-            "image_dropped": (negatives, [*kept, *video]),
-        }
-        weights = guidance_weights(cfg_text, cfg_image)
-        return {name: (weight, self.mm_encoder(*inputs[name])) for name, weight in weights.items() if weight}
-
-    @torch.no_grad()
-    def generate(
-        self, prompts, images=(), video=None, *, size, base=False, steps=None, shift=None, cfg_text=None,
-        cfg_image=None, negative_prompt=None, seed=0, noise=None, group=None, progress=False,
-    ):  # fmt: skip
-        """Make an image or a video for each prompt.
-
-        Args:
-            prompts: B texts; `images` (References, in order) and `video` (a Reference) are named in them as
-                Image 1, Image 2, ..., Video 1. References have batch size B or 1.
-            size: (frames, height, width) of the result: 4k + 1, and multiples of 16.
-            base: the last image is the one being edited, the others are references for the edit.
-            steps, shift, cfg_text, cfg_image, negative_prompt: by default the config's, for image or video.
-            seed: sample i starts from the noise of seed + i. noise: overrides it, [B, C, T, H, W].
-            group: processes of torch.distributed, which all call this and share the work.
-        Returns: pixels [B, 3, frames, height, width], in [-1, 1] but for overshoot; None in all processes of
-            the group but the first.
-        """
-        defaults, kind = self.config.sampling, int(size[0] > 1)
-        negative = defaults.negative_prompt[kind] if negative_prompt is None else negative_prompt
-        branches = self.branches(
-            prompts,
-            [negative] * len(prompts),
-            [self.encode(image) for image in images],
-            [self.encode(video)] if video else [],
-            base,
-            defaults.cfg_text[kind] if cfg_text is None else cfg_text,
-            defaults.cfg_image if cfg_image is None else cfg_image,
-        )
-        if noise is None:
-            shape = (self.config.vae.latent_channels, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8)
-            seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-            noise = torch.stack([torch.randn(shape, generator=generator) for generator in seeds])
-        noise = noise.to(self.mm_encoder.metaquery.device)
-        count, number, crew = divide(len(branches), group) if group else (1, 0, Crew())
-        weights, conditions = zip(*[*branches.values()][number::count])
-        contexts = arrange(self.transformer, conditions, noise.shape[2:], crew)
-
-        def guided(x, t):
-            velocities = [v for context in contexts for v in self.transformer(x, t, context)]
-            velocity = sum(weight * v.float() for weight, v in zip(weights, velocities, strict=True))
-            if group:
-                dist.all_reduce(velocity, group=group)  # over the branches, and over the tokens of a crew
-            return velocity
-
-        shift = defaults.shift[kind] if shift is None else shift
-        latents = sample(guided, noise, steps or defaults.steps, shift, progress)
-        return None if group and group.rank() else self.vae.decode(latents).float()
-
-
-class Offload:
-    """Modules that run one after the other, again and again, with their weights in the host's memory. These
-    come to the GPU through two slots: while a module computes in one, the next one's arrive in the other."""
-
-    def __init__(self, modules, device):
-        self.device, self.copies = device, torch.cuda.Stream(device)
-        self.coming = None  # the number of the module whose weights are in slot 0, or on their way
-        self.shapes = [[parameter.shape for parameter in module.parameters()] for module in modules]
-        sizes = [sum(map(math.prod, shapes)) for shapes in self.shapes]
-        host = torch.empty(sum(sizes), dtype=next(modules[0].parameters()).dtype)
-        self.host = host.split(sizes)
-        for number, module in enumerate(modules):
-            torch.cat(
-                [parameter.detach().flatten().cpu() for parameter in module.parameters()],
-                out=self.host[number],
-            )
-            for parameter in module.parameters():
-                parameter.data = parameter.data.new_empty(0)
-            module.register_forward_pre_hook(partial(self.enter, number))
-        # Pinned in place: torch would round up to a power of two.
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-        self.slots = [torch.empty(max(sizes), dtype=host.dtype, device=device) for _ in range(2)]
-
-    def fetch(self, number):
-        """Begin to copy a module's weights to the slot that is not in use, which is slot 0 from now on."""
-        self.coming = number
-        self.slots.reverse()
-        self.copies.wait_stream(torch.cuda.current_stream(self.device))  # until its last user has computed
-        with torch.cuda.stream(self.copies):
-            self.slots[0][: len(self.host[number])].copy_(self.host[number], non_blocking=True)
-
-    def enter(self, number, module, inputs):
-        """Before a module computes: its own weights shall be there, and the next one's on their way."""
-        if self.coming != number:
-            self.fetch(number)
-        torch.cuda.current_stream(self.device).wait_stream(self.copies)
-        weights = self.slots[0][: len(self.host[number])].split([*map(math.prod, self.shapes[number])])
-        for parameter, part, shape in zip(module.parameters(), weights, self.shapes[number]):
-            parameter.data = part.view(shape)
-        self.fetch((number + 1) % len(self.host))
-
-
-def random_tensors(expected, device, dtype):
-    """A stream for `Vino.fill`: matrices and kernels that keep the variance, norms of one, small biases."""
-    generator = torch.Generator(device).manual_seed(0)
-    for name, tensor in expected.items():
-        x = torch.randn(tensor.shape, generator=generator, device=device, dtype=dtype)
-        if tensor.dim() > 1:
-            x *= math.prod(tensor.shape[1:]) ** -0.5
-        else:
-            x = float(name.endswith("weight")) + 0.02 * x
-        yield name, lambda x=x: x
+    def video(cls, frames, seen, config):
+        """A clip, uint8 [T, H, W, 3]: `frames` (4k + 1 of them) for the VAE, and `seen` for the VLM, the
+        `spread_frames` at the clip's own size."""
+        rules = config.video_resize
+        size = vlm_size(*seen.shape[1:3], *rules[0])
+        seen = resize(to_frames(seen).float(), size).round().clamp(0, 255)
+        seen = resize(seen, vlm_size(*size, *rules[1], frames=len(seen)))
+        patches, grid = patchify(normalize(seen), config)
+        return cls(normalize(to_frames(crop16(frames))), patches, grid, is_video=True)
+
+
+# --- 9. Files: pictures and clips, tokenizers, weights ------------------------------------------------------
 
 
 def existing(path):
@@ -1721,18 +1468,54 @@ def read_image(path):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def read_frames(path):
-    """The frames of the video at `path`, one after the other: uint8 [H, W, 3], upright."""
-    import av  # here, so that pictures do without it
+def probe(path):
+    """Height and width of a clip's upright frames, and how many quarter turns make its frames upright."""
+    with imageio.imopen(path, "r", plugin="pyav") as file:
+        height, width = file.properties(0).shape[:2]
+        matrix = file.metadata(0).get("DISPLAYMATRIX")
+    if matrix is None:
+        return height, width, 0
+    a, b = np.frombuffer(matrix, np.int32)[:2] / 2**16  # cosine and sine of a turn to the right
+    turns = round(-math.atan2(b, a) / (math.pi / 2)) % 4
+    return (height, width, turns) if turns % 2 == 0 else (width, height, turns)
 
+
+@contextmanager
+def decoding(path):
+    """Turn any decoder's error into an InputError."""
     try:
-        with av.open(str(existing(path))) as file:
-            if file.format.name == "tty":  # ffmpeg would film a text file
-                raise InputError(f"{path} is a text, not a video")
-            for frame in file.decode(video=0) if file.streams.video else ():
-                yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-    except av.FFmpegError as error:
+        yield
+    except Exception as error:  # decoders fail in many ways
         raise InputError(f"{path} is not a video, or is cut short") from error
+
+
+def read_frames(path, area=None):
+    """The frames of the clip at `path`, one after the other: uint8 [H, W, 3], upright. With `area` the
+    decoder scales them to so many pixels at the clip's own aspect ratio (ffmpeg's bilinear filter)."""
+    path, filters = existing(path), None
+    with decoding(path):
+        height, width, turns = probe(path)
+    if area:
+        h, w = video_size(width, height, area)
+        if min(h, w) < 16:
+            raise InputError(f"{path}: {width} x {height} is too narrow: one side gets less than 16 pixels")
+        scale = f"{w}:{h}" if turns % 2 == 0 else f"{h}:{w}"
+        filters = [("scale", f"{scale}:flags=bilinear"), ("format", "rgb24")]
+    with decoding(path), imageio.imopen(path, "r", plugin="pyav") as file:
+        for frame in file.iter(format="rgb24", filter_sequence=filters):
+            yield np.rot90(frame, turns)
+
+
+def read_video(path, frames, area, config, length=None):
+    """The clip at `path` as a Reference. The VAE gets its first `frames` (4k + 1, at most), decoded at `area`
+    pixels, and the VLM `config.video_frames` of the whole clip, or of its first `length` frames."""
+    count = sum(1 for _ in islice(read_frames(path), length))
+    if count < 5:
+        raise InputError(f"{path} has {count} frame(s), and the VAE needs at least 5")
+    first = islice(read_frames(path, area), (min(frames, count) - 1) // 4 * 4 + 1)
+    wanted = spread_frames(count, config.video_frames)
+    seen = {i: frame for i, frame in enumerate(islice(read_frames(path), count)) if i in wanted}
+    return Reference.video(np.stack(list(first)), np.stack([seen[i] for i in wanted]), config)
 
 
 def read_json(path):
@@ -1741,8 +1524,28 @@ def read_json(path):
         return json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON, or is cut short ({error})") from error
+
+
+SPECIAL_TOKENS = (
+    "<|im_end|> <|endoftext|> <|im_start|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+).split()
+
+
+def byte_tokenizer(special_tokens=SPECIAL_TOKENS, texts=()):
+    """A tokenizer without a file, for tiny models: the 256 bytes (their printable symbols, sorted), each word
+    of `texts` as a whole, then the special tokens."""
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(split.alphabet())
+    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
+    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, *sorted(words.difference(alphabet))])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])
+    return tokenizer
 
 
 def read_tokenizer(folder):
@@ -1750,11 +1553,42 @@ def read_tokenizer(folder):
     return Tokenizer.from_str(json.dumps(read_json(folder / "tokenizer.json")))
 
 
-def open_safetensors(path, device="cpu"):
-    try:
-        return safe_open(existing(path), "pt", device=str(device))
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a safetensors file, or is cut short ({error})") from error
+def override(node, overrides, prefix):
+    """Set the fields of the dataclass `node`, in place, to the values of the dictionary `overrides`."""
+    if not isinstance(overrides, dict):
+        raise InputError("should be an object in braces")
+    for name, value in overrides.items():
+        if name not in {f.name for f in fields(node)}:
+            raise InputError(f"there is no field '{prefix}{name}'")
+        current = getattr(node, name)
+        if is_dataclass(current) and isinstance(value, dict):
+            override(current, value, f"{prefix}{name}.")
+        elif type(value) is type(current) or (type(value), type(current)) == (int, float):
+            setattr(node, name, value)
+        else:
+            should = "an object" if is_dataclass(current) else type(current).__name__
+            raise InputError(f"field '{prefix}{name}' is {type(value).__name__}, should be {should}")
+
+
+def agree(ours, theirs, name, path):
+    """Raise an InputError where the config at `path` differs from ours, in the fields that both have."""
+    if isinstance(ours, dict):
+        for key in sorted(ours.keys() & theirs.keys()):
+            agree(ours[key], theirs[key], f"{name}.{key}", path)
+    elif ours != theirs:
+        raise InputError(f"field '{name}' does not fit: it is {ours} here, and {theirs} in {path}")
+
+
+def read_config(path, weights):
+    """The Config of a JSON file for `weights`. Fields that it does not name come from these, if they are a
+    `.safetensors` of this project, else from the defaults."""
+    base = read_metadata(weights, None)[0] if Path(weights).suffix == ".safetensors" else Config()
+    training = base.training
+    config = Config.from_dict(read_json(path), base)
+    for stage, changes in training.items():
+        own = config.training.setdefault(stage, {})
+        config.training[stage] = changes | own if isinstance(own, dict) else own
+    return config
 
 
 def read_metadata(path, config):
@@ -1772,25 +1606,11 @@ def read_metadata(path, config):
     return config or saved, Tokenizer.from_str(metadata["tokenizer"])
 
 
-def read_config(path, weights):
-    """The Config of a JSON file for `weights`: what it does not name is as these have it, if they are a
-    `.safetensors` of this project, and else as the paper has it."""
-    base = read_metadata(weights, None)[0] if Path(weights).suffix == ".safetensors" else Config()
-    training = base.training
-    config = Config.from_dict(read_json(path), base)
-    for stage, changes in training.items():
-        own = config.training.setdefault(stage, {})
-        config.training[stage] = changes | own if isinstance(own, dict) else own
-    return config
-
-
-def agree(ours, theirs, name, path):
-    """Raise an InputError where the config at `path` differs from ours, in the fields that both have."""
-    if isinstance(ours, dict):
-        for key in sorted(ours.keys() & theirs.keys()):
-            agree(ours[key], theirs[key], f"{name}.{key}", path)
-    elif ours != theirs:
-        raise InputError(f"field '{name}' does not fit: it is {ours} here, and {theirs} in {path}")
+HUB = {  # the public weights: repository -> files
+    "Qwen/Qwen3-VL-4B-Instruct": ["*.json", "*.safetensors"],
+    "hunyuanvideo-community/HunyuanVideo": ["transformer/*", "vae/*"],
+    "SOTAMak1r/VINO-weight": ["vino.ckpt"],
+}
 
 
 def download(name, files):
@@ -1810,6 +1630,41 @@ def locate(weights):
     return [existing(folder / name) for name in ("Qwen3-VL-4B-Instruct", "HunyuanVideo", "vino.ckpt")]
 
 
+def open_weights(weights, config, device):
+    """Config, tokenizer, and a stream for `Vino.fill`, which is None for random weights."""
+    if str(weights) == "random":
+        return config or Config(), byte_tokenizer(), None
+    if Path(weights).suffix == ".safetensors":
+        config, tokenizer = read_metadata(weights, config)
+        return config, tokenizer, read_safetensors([weights], "", device)
+    config = config or Config()
+    vlm, base, ckpt = locate(weights)
+    return config, read_tokenizer(vlm), read_public(vlm, base, ckpt, config, device)
+
+
+def random_tensors(expected, device, dtype):
+    """A stream for `Vino.fill`: matrices and kernels that keep the variance, norms of one, small biases."""
+    generator = torch.Generator(device).manual_seed(0)
+    for name, tensor in expected.items():
+        x = torch.randn(tensor.shape, generator=generator, device=device, dtype=dtype)
+        if tensor.dim() > 1:
+            x *= math.prod(tensor.shape[1:]) ** -0.5
+        else:
+            x = float(name.endswith("weight")) + 0.02 * x
+        yield name, x
+
+
+def restore_buffers(vlm, config, device, dtype):
+    """Give a VLM that was built on `meta` its RoPE frequencies, which no file holds: those of a VLM with the
+    same heads and no layers. In bfloat16 they are rounded, as in the release."""
+    text = replace(config.text, num_hidden_layers=0, vocab_size=1)
+    vision = replace(config.vision, depth=0, deepstack_visual_indexes=[])
+    small = build_vlm(replace(config, text=text, vision=vision))
+    for name, buffer in small.named_buffers():
+        module, _, leaf = name.rpartition(".")
+        vlm.get_submodule(module).register_buffer(leaf, buffer.to(device, dtype), persistent=False)
+
+
 def read_public(vlm, base, ckpt, config, device):
     """All tensors of the public weights, under our names; those of `vino.ckpt` win over the base model's."""
     ours = asdict(config)
@@ -1817,15 +1672,17 @@ def read_public(vlm, base, ckpt, config, device):
     for part, folder in ((qwen, vlm), (ours["mmdit"], base / "transformer"), (ours["vae"], base / "vae")):
         path = folder / "config.json"
         agree(part, read_json(path), folder.name, path)
-    trained = open_checkpoint(ckpt).keys()
     yield from read_safetensors(shards(vlm), "mm_encoder.mm_encoder.", device)
     yield from read_safetensors(shards(base / "vae"), "vae.", device)
-    for name, read in read_checkpoint(ckpt):
+    trained = read_checkpoint(ckpt)
+    for name, tensor in trained.items():
         if not name.startswith("mm_encoder.mm_encoder."):  # the frozen VLM again
-            yield name, read
-    for name, read in read_safetensors(shards(base / "transformer"), "transformer.", device):
-        if name not in trained:
-            yield name, read
+            yield name, tensor
+    for path in shards(base / "transformer"):
+        with open_safetensors(path, device) as file:
+            for name in file.keys():
+                if f"transformer.{name}" not in trained:
+                    yield f"transformer.{name}", file.get_tensor(name)
 
 
 def shards(folder):
@@ -1840,36 +1697,27 @@ def shards(folder):
     return files
 
 
-# Files are opened anew after so many tensors: what has been read of an open one counts as our memory.
-AT_ONCE = 32
+def open_safetensors(path, device="cpu"):
+    try:
+        return safe_open(existing(path), "pt", device=str(device))
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file, or is cut short ({error})") from error
 
 
 def read_safetensors(paths, prefix, device):
-    """(name, function that reads the tensor to `device`) for every tensor of the files."""
+    """(name, tensor on `device`) of all tensors in the files, one by one."""
     for path in paths:
-        with open_safetensors(path) as file:
-            names = [*file.keys()]
-        for begin in range(0, len(names), AT_ONCE):
-            with open_safetensors(path, device) as file:
-                for name in names[begin : begin + AT_ONCE]:
-                    yield prefix + name, lambda name=name: file.get_tensor(name)
+        with open_safetensors(path, device) as file:
+            for name in file.keys():
+                yield prefix + name, file.get_tensor(name)
 
 
-def open_checkpoint(path):
-    """{name: tensor} of a `.ckpt` of torch. Tensors are read when they are used."""
+def read_checkpoint(path):
+    """{name: tensor} of a `.ckpt` of torch. A tensor is read from the file when it is used."""
     try:
         tensors = torch.load(existing(path), map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is not a checkpoint of plain tensors, or is cut short") from error
     if not (isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
-        raise InputError(f"{path} holds something else than named tensors")
+        raise InputError(f"{path} holds something other than named tensors")
     return tensors
-
-
-def read_checkpoint(path):
-    """(name, function that reads the tensor) for every tensor of a `.ckpt`."""
-    names = [*open_checkpoint(path)]
-    for begin in range(0, len(names), AT_ONCE):
-        tensors = open_checkpoint(path)
-        for name in names[begin : begin + AT_ONCE]:
-            yield name, lambda name=name: tensors[name]
