@@ -884,11 +884,13 @@ def contact_sheet(rows, path):
     images = [image for _, groups in rows for group in groups.values() for image in group]
     scale = max(1, 96 // max(image.height for image in images))
     height = scale * max(image.height for image in images) + 34
-    widths = {}  # of the columns
+    headings = dict.fromkeys(heading for _, groups in rows for heading in groups)
+    references = sorted(heading for heading in headings if heading.startswith(("Image", "Video")))
+    widths = dict.fromkeys([*references, *headings], 0)  # of the columns: references stand first
     for _, groups in rows:
         for heading, group in groups.items():
             width = 12 + max(60, sum(image.width * scale + 4 for image in group))
-            widths[heading] = max(width, widths.get(heading, 0))
+            widths[heading] = max(width, widths[heading])
     sheet = Image.new("RGB", (sum(widths.values()) + 8, height * len(rows) + 8), "lightsteelblue")
     draw = ImageDraw.Draw(sheet)
     for number, (label, groups) in enumerate(rows):

@@ -1,9 +1,9 @@
 """VINO: one generator for images and videos, in one file, in the paper's order.
 
 Text, reference images and a reference video go in; a new or an edited image or video comes out. A frozen
-vision-language model (VLM) reads the prompt and the references, learnable queries after the prompt carry
-what it understood into a diffusion transformer (MMDiT), and the references' VAE latents stand beside the
-noisy target in the same sequence.
+vision-language model (VLM) reads the prompt and the references; its hidden states, with those of learnable
+queries appended to the prompt, condition a diffusion transformer (MMDiT). The references' VAE latents join
+the noisy target in the MMDiT's sequence.
 
     1. Multi-modal conditions          2.1, figures 3 and 4   the frozen VLM, learnable queries, connectors
     2. Interleaved omnimodal context   2.2, figure 5          references and target on one timeline
@@ -52,7 +52,7 @@ from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGener
 
 
 class InputError(ValueError):
-    """The user's mistake, in one line: what is wrong, where, and what would be right."""
+    """A user error. The message is one line: what is wrong, where, and what would be right."""
 
 
 def items(*values):
@@ -99,8 +99,8 @@ class VisionConfig:
     spatial_merge_size: int = 2
     num_position_embeddings: int = 2304
     deepstack_visual_indexes: list = items(5, 11, 17)
-    # The release resizes twice in turn: [sides are multiples of, fewest pixels, most pixels]. A video's second
-    # limits are those of all its frames together.
+    # The release resizes twice in turn: [sides are multiples of, fewest pixels, most pixels]. Those of a
+    # video's second resizing are of all its frames together.
     image_resize: list = items([28, 4 * 28**2, 16384 * 28**2], [32, 2**16, 2**24])
     video_resize: list = items([28, 256 * 32**2, 768 * 28**2], [32, 2**12, 25165824])
     video_frames: int = 8  # appendix B
@@ -129,11 +129,11 @@ def build_prompt(tokenizer, text, references, merge, system=SYSTEM_PROMPT):
         references: objects with `grid`, (t, h, w) in patches, and `is_video`; images before the one video.
         merge: the VLM's spatial_merge_size: merge x merge patches make one token.
     """
-    tokenizer.encode_special_tokens = True  # a special token spelled in a text stays text
+    tokenizer.encode_special_tokens = True  # special tokens spelled in user text are encoded as plain text
     ids, positions, starts, ends = [], [], [], []
 
     def append(token, h=1, w=1):
-        """One token, or a grid of h x w: it starts one past the largest position so far and has one time."""
+        """One token, or an h x w grid of placeholders that share one time, after the largest position yet."""
         begin = 1 + max(positions[-1]) if positions else 0
         ids.extend([token] * (h * w))
         positions.extend((begin, begin + row, begin + column) for row in range(h) for column in range(w))
@@ -150,12 +150,12 @@ def build_prompt(tokenizer, text, references, merge, system=SYSTEM_PROMPT):
     special("im_end")
     say("\n")
     special("im_start")
-    pending = "user\n"  # is tokenised together with what follows it
+    pending = "user\n"  # tokenised with the text that follows: a token may cross the border
     for number, reference in enumerate(references, 1):
         t, h, w = reference.grid
         pending += "Video 1: " if reference.is_video else f"Image {number}: "
         for pair in range(t):  # two frames of a video each; an image is one
-            if reference.is_video:  # the time between the two, as if there were 24 frames a second
+            if reference.is_video:  # their mean timestamp at an assumed 24 frames a second
                 pending += f"<{(2 * pair + 0.5) / 24:.1f} seconds>"
             say(pending)
             pending = ""
@@ -179,7 +179,7 @@ class EncodedReference:
 
     latents: Tensor  # [B, C, T, H, W], scaled
     features: Tensor  # [B, t*h*w / 4, D] of the VLM
-    deepstack: list  # more of that shape, for each of the language model's first layers that take them
+    deepstack: list  # same shape; one entry for each early layer of the language model that adds them
     grid: tuple  # (t, h, w) in patches
     is_video: bool
 
@@ -229,6 +229,7 @@ class MultiModalEncoder(nn.Module):
         self.merge = config.vision.spatial_merge_size
         self.boundary_tokens = config.boundary_tokens
         self.mm_encoder = build_vlm(config).requires_grad_(False)
+        # The learnable queries: the paper's learnable tokens.
         self.metaquery = nn.Parameter(torch.randn(config.num_queries, width) / math.sqrt(width))
         self.connector = Connector(width, config.mmdit.text_embed_dim)
         self.connector_vae_branch = Connector(width, config.mmdit.width)
@@ -236,8 +237,8 @@ class MultiModalEncoder(nn.Module):
     def forward(self, prompts, references, vae_branch=True):
         """The MMDiT's condition.
 
-        What 2.2 calls the embeddings of <|vision_start|> and <|vision_end|> are the VLM's outputs there
-        (figure 5), not rows of its embedding table: the penultimate hidden states at these tokens.
+        A boundary token is the VLM's penultimate hidden state at <|vision_start|> or <|vision_end|> (2.2;
+        figure 5: "projected from the VLM output"), and not the token's input embedding.
 
         Args:
             prompts: B texts.
@@ -258,11 +259,11 @@ class MultiModalEncoder(nn.Module):
         return Condition(self.connector(hidden), mask, blocks)
 
     def hidden_states(self, prompts, references):
-        """The VLM's penultimate hidden states for the prompts and, after them, the learnable queries (2.1).
+        """The VLM's penultimate hidden states of the prompts and of the learnable queries that follow (2.1).
 
-        The prompt runs once, without gradient, and leaves its keys and values; the queries run against them,
-        with gradient. Attention is causal, so this equals one pass over both, but training keeps no
-        activations of the prompt.
+        The prompt runs first, without gradient, and fills a cache of keys and values; the queries then attend
+        to it, with gradient. Attention is causal, so this equals a single pass, but keeps no activations of
+        the prompt for the backward pass.
 
         Returns: hidden [B, L, D], mask [B, L] or None, and the indices of the references' boundary tokens,
             starts and ends, both [B, R].
@@ -280,7 +281,7 @@ class MultiModalEncoder(nn.Module):
         count = len(self.metaquery)
         if count:
             queries = self.metaquery.to(hidden.dtype).expand(len(batch), -1, -1)  # [B, count, D]
-            # The release lets them begin at the position of the prompt's last token, not one after it.
+            # As in the release, the first query shares the position of the prompt's last token.
             positions = positions[:, :, -1:] + torch.arange(count, device=hidden.device)  # [3, B, count]
             mask = None if mask is None else F.pad(mask, (0, count), value=True)
             _, query_hidden = self.language(queries, positions, mask, cache)
@@ -288,8 +289,8 @@ class MultiModalEncoder(nn.Module):
         return hidden, mask, starts.to(hidden.device), ends.to(hidden.device)
 
     def prefill(self, batch, references, cache):
-        """Run Prompts and their references' features through the language model, which leaves their keys and
-        values in `cache`. Shorter prompts are padded on the left.
+        """Run Prompts and their references' features through the language model, and fill `cache` with their
+        keys and values. Shorter prompts are padded on the left.
 
         Returns: last and penultimate hidden states, both [B, L, D], positions [3, B, L], and mask [B, L], or
             None where nothing is padded."""
@@ -316,12 +317,12 @@ class MultiModalEncoder(nn.Module):
         return last, penultimate, positions, mask
 
     def language(self, embeds, positions, mask, cache, visual_mask=None, deepstack=None):
-        """The language model on what follows the tokens in `cache`: its last and penultimate hidden states.
+        """Run the language model on `embeds`, after what is in `cache` -> last and penultimate hidden states.
 
         Args: embeds [B, L, D]; positions [3, B, L]; mask [B, all tokens so far]; visual_mask [B, L], True at
         the tokens that get the deepstack features, each [tokens, D], in the first layers."""
         mask = None if mask is None else mask.long()
-        with sdpa_kernel(ANY_LENGTH):  # each prompt has a length of its own
+        with sdpa_kernel(ANY_LENGTH):  # prompts differ in length
             # By position: transformers 4 and 5 name the cache differently. Without a cache they would take
             # jumps in the positions for the borders of packed sequences.
             visual = {"visual_pos_masks": visual_mask, "deepstack_visual_embeds": deepstack}
@@ -343,7 +344,7 @@ class MultiModalEncoder(nn.Module):
 
     @torch.no_grad()
     def answer(self, prompts, references=(), system=SYSTEM_PROMPT, max_new_tokens=256):
-        """What the VLM itself says to the prompts and EncodedReferences: B texts. Greedy, so repeatable."""
+        """The VLM's text answers to B prompts about EncodedReferences, by greedy decoding."""
         batch = [build_prompt(self.tokenizer, text, references, self.merge, system) for text in prompts]
         cache = DynamicCache()
         end = self.tokenizer.token_to_id("<|im_end|>")
@@ -362,7 +363,7 @@ class MultiModalEncoder(nn.Module):
 
 
 def concat(parts, batch):
-    """Features of all references, each [B or 1, n, D], as one list over the whole batch: [B * all n, D]."""
+    """Features [B or 1, n, D] of all references, in the order of their placeholders: [B * sum of n, D]."""
     return torch.cat([part.expand(batch, -1, -1) for part in parts], 1).flatten(0, 1)
 
 
@@ -385,8 +386,8 @@ def pack(references, target):
     """Figure 5: one sequence of all references, each between its boundary tokens, and the noisy target, and
     the place of each token on the shared RoPE timeline.
 
-    A boundary token takes one step of time at (t, 0, 0). A block of latents takes as many as it has frames;
-    its height and width count from 0. The target begins where the references end.
+    A boundary token takes one step of time, at (t, 0, 0). A block of latents takes one step for each of its
+    frames, and its height and width start at 0. The target follows the last reference.
 
     Args:
         references: (start, patches, end) of each, in the prompt's order: boundary tokens [B, D] or None, and
@@ -413,7 +414,7 @@ def pack(references, target):
 
 
 def rope_3d(positions, axes_dim, theta):
-    """Rotation of every token: angles position * theta**(-2i / d), with a share d of the head for each axis.
+    """RoPE's cosines and sines: angles position * theta**(-2i / d), where each axis gets d of the channels.
 
     Args: positions [L, 3]; axes_dim: three even numbers that add up to the head's size.
     Returns: cosines [L, 1, head / 2, 1], and sines [L, 1, head / 2, 2] with the signs of a rotation."""
@@ -537,7 +538,7 @@ class Attention(nn.Module):
 
 
 class JointAttention(Attention):
-    """Attention over both streams: the text has projections of its own."""
+    """Projections for joint attention: the text stream has its own."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -556,7 +557,7 @@ class JointAttention(Attention):
 
 
 class DualBlock(nn.Module):
-    """Two streams with weights of their own that meet in one attention."""
+    """Dual-stream block: separate weights for visual tokens and text, joint attention over both."""
 
     def __init__(self, config):
         super().__init__()
@@ -584,7 +585,7 @@ class DualBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """One stream of visual tokens and text; attention and feed-forward side by side."""
+    """Single-stream block over visual tokens and text, with attention and feed-forward in parallel."""
 
     def __init__(self, config):
         super().__init__()
@@ -621,7 +622,7 @@ class RefinerBlock(nn.Module):
 
 
 class TokenRefiner(nn.Module):
-    """Fits the conditioning tokens to the MMDiT before its first block."""
+    """Projects the condition's tokens to the MMDiT's width, and lets them attend to each other."""
 
     def __init__(self, config):
         super().__init__()
@@ -651,7 +652,7 @@ class TokenRefiner(nn.Module):
 class MMDiT(nn.Module):
     """HunyuanVideo's transformer over the interleaved context: predicts the target's velocity."""
 
-    UNUSED = "time_text_embed.text_embedder."  # CLIP's pooled text: is in the base checkpoint, not in VINO
+    UNUSED = "time_text_embed.text_embedder."  # for CLIP's pooled text: in the base checkpoint, not in VINO
 
     def __init__(self, config):
         super().__init__()
@@ -723,16 +724,13 @@ class MMDiT(nn.Module):
 
 
 def compiled(forward):
-    """torch.compile of a block's forward, with one graph for all lengths and with correct gradients.
-
-    torch 2.10 to 2.13 lose the gradients of `Modulation`'s chunks over thousands of tokens, unless mix-order
-    reductions are off (pytorch issue 193061; 2.8 has no such option)."""
-    # Both kinds of block have graphs for short and long sequences, with masks and without, with gradients and
-    # without; after eight torch would give up compiling.
+    """Compile a block's forward with dynamic shapes, and with correct gradients: torch 2.10 to 2.13 lose
+    those of `Modulation` over thousands of tokens unless mix-order reductions are off (pytorch issue 193061).
+    """
+    # Each kind of block needs a graph for short and long sequences, with and without mask, with and without
+    # gradient; torch gives up after eight.
     torch._dynamo.config.recompile_limit = 64
-    option = "triton.mix_order_reduction"
-    options = {option: False} if option in torch._inductor.list_options() else {}
-    return torch.compile(forward, dynamic=True, options=options)
+    return torch.compile(forward, dynamic=True, options={"triton.mix_order_reduction": False})
 
 
 # --- 4. VAE (appendix A): HunyuanVideo's causal 3D autoencoder ----------------------------------------------
@@ -747,13 +745,13 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.476986
-    tile_frames: list = items(16, 12)  # (length, stride) of tiles in time, always used
-    tile_pixels: list = items(256, 192)  # (side, stride) of tiles in space, for large frames only
+    tile_frames: list = items(16, 12)  # (length, stride) of tiles in time, in frames of pixels
+    tile_pixels: list = items(256, 192)  # (side, stride) of tiles in space, in pixels
     untiled_area: int = 2**19  # frames of up to this many pixels are not tiled in space
 
 
 class CausalConv3d(nn.Module):
-    """A convolution that repeats the edges: in space on both sides, in time the first frame only."""
+    """3D convolution with replicate padding: on both sides in space, only before the first frame in time."""
 
     def __init__(self, in_channels, out_channels, kernel=3, stride=1):
         super().__init__()
@@ -766,7 +764,7 @@ class CausalConv3d(nn.Module):
 
 
 class Resnet(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Residual block of two convolutions."""
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -786,7 +784,7 @@ class Resnet(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Single-head attention in which a frame sees itself and the past."""
+    """Single-head attention, causal over frames."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -800,7 +798,7 @@ class FrameAttention(nn.Module):
         tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T, H*W, C]
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         frames = []
-        for t in range(x.shape[2]):  # one by one, which needs neither a mask nor its quadratic memory
+        for t in range(x.shape[2]):  # frame by frame: avoids a mask with quadratic memory
             past = slice(0, t + 1)
             keys = k[:, None, past].flatten(2, 3)  # [B, 1 head, frames * H*W, C]
             values = v[:, None, past].flatten(2, 3)
@@ -814,7 +812,7 @@ def downsample(channels, factor):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbours, and a convolution. The first frame stands for itself: T frames become 2T - 1."""
+    """Nearest-neighbour upsampling, then a convolution. In time the first frame is not repeated."""
 
     def __init__(self, channels, factor):
         super().__init__()
@@ -941,7 +939,7 @@ class VAE(nn.Module):
         return parts.chunk(2, 1)
 
     def encode(self, pixels):
-        """Scaled latents: the posterior's mean, so that the same input gives the same picture."""
+        """Scaled latents: the posterior's mean instead of a sample, so that encoding is deterministic."""
         mean, _ = self.moments(pixels.to(self.quant_conv.weight.dtype))
         return mean * self.config.scaling_factor
 
@@ -955,7 +953,7 @@ class VAE(nn.Module):
 
 
 def shift_time(u, shift):
-    """Move uniform times u in [0, 1] towards noise: large pictures need more steps there (table 1)."""
+    """Timestep shift (table 1): move uniform u in [0, 1] to noise, where large outputs need more steps."""
     return shift * u / (1 - u + shift * u)
 
 
@@ -972,18 +970,18 @@ def flow_loss(velocity, data, noise, u, shift):
 
 
 def guidance_weights(cfg_text, cfg_image):
-    """How much each branch's velocity counts in
+    """The weight of each branch's velocity in the guided velocity (appendix B)
 
         v_image_dropped + cfg_image (v_text_dropped - v_image_dropped) + cfg_text (v - v_text_dropped),
 
-    where "image_dropped" drops text and images. A scale of 1 or less turns that guidance off. As a sum over
-    branches it can be spread over GPUs."""
+    where "image_dropped" drops text and images. A scale of 1 or less turns that guidance off. The result is a
+    weighted sum, so branches can run on different GPUs."""
     cfg_text, cfg_image = max(cfg_text, 1.0), max(cfg_image, 1.0)
     return {"full": cfg_text, "text_dropped": cfg_image - cfg_text, "image_dropped": 1 - cfg_image}
 
 
 def time_steps(steps, shift):
-    """Times [steps] from 1 down, and the differences [steps] to the next one (the last goes to 0)."""
+    """Descending times [steps], starting at 1, and step sizes [steps]; the last step ends at 0."""
     times = shift_time(torch.linspace(1, 0, steps + 1), shift)
     return times[:-1], times[:-1] - times[1:]
 
@@ -1002,7 +1000,8 @@ def sample(velocity, noise, steps, shift, progress=False):
 
 @dataclass
 class SamplingConfig:
-    """The release's defaults, which are not appendix B's; a pair is (for an image, for a video)."""
+    """The release's defaults, as [image, video] where these differ. Appendix B has cfg_text 7 for text alone,
+    and cfg_text 5 and cfg_image 1.5 with references."""
 
     image_size: list = items(640, 640)  # (height, width)
     video_size: list = items(480, 848)
@@ -1029,8 +1028,8 @@ class SamplingConfig:
 
 @dataclass
 class Config:
-    """Everything that fixes a VINO; the defaults are the paper's full size (3.1, Base Models). Fields have
-    the names of the public config files; a JSON file overrides them by name."""
+    """The full configuration; the defaults are the paper's model (3.1, Base Models). Field names follow the
+    public config files, and a JSON file can override any field."""
 
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -1043,8 +1042,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, overrides, base=None):
-        """The defaults, or `base` in place, with `overrides`. An unknown field or a wrong type is an
-        InputError that names it."""
+        """Apply `overrides` to the defaults, or to `base` in place. An InputError names a field that is
+        unknown or has the wrong type."""
         config = base or cls()
         try:
             override(config, overrides, "")
@@ -1080,11 +1079,11 @@ class Vino(nn.Module):
         return self.transformer(latents, t, condition)
 
     def answer(self, questions, images=(), video=None):
-        """What the VLM says about References: B texts. Nothing in VINO changes it (appendix C.1, table 9)."""
+        """The frozen VLM's answers to B questions about References (C.1, table 9)."""
         return self.mm_encoder.answer(questions, self.encode_all(images, video))
 
     def rewrite(self, prompts, images=(), video=None):
-        """Short prompts as long captions of what they ask for: B texts (the daggers of tables 2 and 3)."""
+        """Expand B prompts into captions with the VLM (tables 2 and 3 mark rewritten prompts by a dagger)."""
         sampling, references = self.config.sampling, self.encode_all(images, video)
         if not references:
             prompts = [sampling.rewrite_prefix + prompt for prompt in prompts]
@@ -1099,10 +1098,10 @@ class Vino(nn.Module):
         self.mm_encoder.metaquery = nn.Parameter(self.mm_encoder.metaquery[:0].detach().clone())
 
     def branches(self, prompts, negatives, references, base, cfg_text, cfg_image):
-        """Guidance's branches, without those that do not count: {name: (weight, Condition)}.
+        """The guidance branches of non-zero weight (appendix B): {name: (weight, Condition)}.
 
         Args:
-            prompts, negatives: lists of B texts; a negative one stands for a dropped one.
+            prompts, negatives: lists of B texts; a negative prompt replaces a dropped one.
             references: EncodedReferences. "text_dropped" keeps all of them. "image_dropped" drops the text,
                 too, and keeps the video and, with `base`, the last image, the one being edited; without any
                 other image there is no image guidance.
@@ -1132,9 +1131,8 @@ class Vino(nn.Module):
             base: the last image is the one being edited, the others are references for the edit.
             steps, shift, cfg_text, cfg_image, negative_prompt: by default the config's, for image or video.
             seed: sample i starts from the noise of seed + i. noise: overrides it, [B, C, T, H, W].
-            group: processes of torch.distributed, which all call this and share the work.
-        Returns: pixels [B, 3, frames, height, width], about in [-1, 1], not clamped; None in all processes of
-            the group but the first.
+            group: a process group of torch.distributed, whose ranks all call this and share the work.
+        Returns: pixels [B, 3, frames, height, width], about in [-1, 1], not clamped; None on all ranks but 0.
         """
         defaults = self.config.sampling
         kind = 0 if size[0] == 1 else 1
@@ -1175,7 +1173,8 @@ class Vino(nn.Module):
                 (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or "random"
                 for random weights from a fixed seed.
             config: a Config; by default the file's own, else the full size.
-        Raises: InputError that names the file, and the tensor or field that is missing, surplus or misshapen.
+        Raises: InputError that names the file, and the tensor or field that is missing, unexpected or of the
+            wrong shape.
         """
         config, tokenizer, stream = open_weights(weights, config, device)
         with torch.device("meta"):
@@ -1184,7 +1183,7 @@ class Vino(nn.Module):
         return model.eval()
 
     def fill(self, stream, source, device, dtype):
-        """Take the parameters from `stream`, pairs of name and tensor, each read when it is asked for."""
+        """Load the parameters from `stream`, a lazy iterator of (name, tensor)."""
         expected, tensors = self.saved_tensors(), {}
         for name, tensor in stream:
             if name not in expected:
@@ -1204,12 +1203,12 @@ class Vino(nn.Module):
         restore_buffers(self.mm_encoder.mm_encoder, self.config, device, dtype)
 
     def saved_tensors(self):
-        """The state dict, without the language model's head where that is the embedding again."""
+        """The state dict, without the language model's head if that is tied to the embedding."""
         tied = "mm_encoder.mm_encoder.lm_head.weight" if self.config.text.tie_word_embeddings else None
         return {name: tensor for name, tensor in self.state_dict().items() if name != tied}
 
     def save(self, path, tensors=None):
-        """Write one `.safetensors`: our weights, or `tensors` in their place, and config and tokenizer in its
+        """Save our weights, or `tensors` instead, as one `.safetensors` with config and tokenizer in its
         metadata. The file gets its name when it is complete."""
         tensors = tensors or self.saved_tensors()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -1221,8 +1220,8 @@ class Vino(nn.Module):
         unfinished.replace(path)
 
     def offload(self, device):
-        """Move to a GPU that is too small for all weights. Those of the MMDiT's blocks and of the VLM's
-        layers stay in the host's memory and visit the GPU one by one, as FSDP does it, on one process."""
+        """Move to a GPU that cannot hold all weights. Those of the MMDiT's blocks and of the VLM's layers
+        stay in the host's memory, and FSDP copies them to the GPU one at a time."""
         torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
@@ -1243,9 +1242,9 @@ class Vino(nn.Module):
 
 
 class SequenceParallel:
-    """Processes that run one guidance branch together (DeepSpeed-Ulysses). Each has a share of the tokens; in
-    attention, where tokens meet, it has all tokens and a share of the heads instead. Their number divides the
-    number of heads; streams are padded so that it divides the number of tokens."""
+    """Sequence parallelism within one guidance branch (DeepSpeed-Ulysses). Each process holds a shard of the
+    tokens; for attention, an all-to-all gives it all tokens and a shard of the heads. The number of processes
+    divides the number of heads; streams are padded to a multiple of it."""
 
     def __init__(self, group):
         self.group = group
@@ -1253,15 +1252,15 @@ class SequenceParallel:
         self.rank = dist.get_rank(group)
 
     def shard(self, x, text, rope, mask):
-        """This process's share of both streams [B, L, D], and the attention that joins all shares.
+        """This process's shard of both streams [B, L, D], and the attention over all shards.
 
-        rope and mask are those of the whole sequence [visual, text]. In attention tokens stand as the shares
-        do: visual and text of process 0, those of process 1, ... Attention does not mind their order."""
+        rope and mask cover the whole sequence [visual, text]. In attention, tokens are ordered by process:
+        visual and text of process 0, those of process 1, ... Only the mask has to follow that order."""
         visual, words = x.shape[1], text.shape[1]
         streams = torch.arange(visual + words, device=x.device).split([visual, words])
-        shares = [F.pad(part, (0, -len(part) % self.size), value=-1).chunk(self.size) for part in streams]
-        # Which token stands where. 5 visual ones, 3 of text, 2 processes: [[0, 1, 2, 5, 6], [3, 4, -1, 7, -1]]
-        layout = torch.stack([torch.cat(share) for share in zip(*shares)])
+        shards = [F.pad(part, (0, -len(part) % self.size), value=-1).chunk(self.size) for part in streams]
+        # Which token stands where. 5 visual, 3 of text, 2 processes: [[0, 1, 2, 5, 6], [3, 4, -1, 7, -1]]
+        layout = torch.stack([torch.cat(shard) for shard in zip(*shards)])
         kept = (layout.flatten() >= 0).nonzero()[:, 0]
         if mask is not None:
             mask = mask[:, layout.flatten()[kept]]
@@ -1273,16 +1272,16 @@ class SequenceParallel:
         return padded.chunk(self.size, 1)[self.rank].contiguous()
 
     def gather(self, x, length):
-        """All shares [B, L / size, D] in their order, without padding: [B, length, D]."""
-        shares = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(shares, x.contiguous(), group=self.group)
-        return torch.cat(shares, 1)[:, :length]
+        """All shards [B, L / size, D] in their order, without padding: [B, length, D]."""
+        shards = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(shards, x.contiguous(), group=self.group)
+        return torch.cat(shards, 1)[:, :length]
 
     def attend(self, q, k, v, rope, mask, kept):
         """`attend` over all tokens: q, k, v [B, L / size, heads, head] -> [B, L / size, D]."""
         return self.attend_to_all(apply_rope(q, rope), apply_rope(k, rope), v, mask, kept)
 
-    @torch.compiler.disable  # a compiled block is cut in two here
+    @torch.compiler.disable  # communication stays out of the compiled graphs
     def attend_to_all(self, q, k, v, mask, kept):
         q, k, v = (self.exchange(x, 2, 1) for x in (q, k, v))  # [B, padded L, heads / size, head]
         length = q.shape[1]
@@ -1307,12 +1306,12 @@ def subgroup(size, group):
 
 
 def share_branches(branches, group):
-    """Divide guidance branches over a group of processes: a team of processes for each if that divides evenly,
-    else one team for all. The processes of a team share the tokens.
+    """Divide guidance branches among a group's processes: a team for each branch if that divides evenly, else
+    one team for all branches. A team splits the tokens.
 
     Args: (weight, Condition) of each branch.
-    Returns: those of this process, so weighted that the sum over all processes is the guided velocity, and
-        the SequenceParallel that they run in, or None."""
+    Returns: those of this process, weighted so that the sum over all processes is the guided velocity, and
+        the team's SequenceParallel, or None."""
     if group is None:
         return branches, None
     teams = len(branches) if group.size() % len(branches) == 0 else 1
@@ -1415,7 +1414,7 @@ def patchify(pixels, config):
 
 @dataclass
 class Reference:
-    """One reference image or video, once for each of its two readers (2.2)."""
+    """A reference image or video, preprocessed for the VAE and for the VLM (2.2)."""
 
     pixels: Tensor  # [B, 3, T, H, W] in [-1, 1], for the VAE; T = 1 for an image
     patches: Tensor  # [B, t*h*w, 3*2*16*16], for the VLM
@@ -1507,8 +1506,8 @@ def read_frames(path, area=None):
 
 
 def read_video(path, frames, area, config, length=None):
-    """The clip at `path` as a Reference. The VAE gets its first `frames` (4k + 1, at most), decoded at `area`
-    pixels, and the VLM `config.video_frames` of the whole clip, or of its first `length` frames."""
+    """The clip at `path`, or its first `length` frames, as a Reference. The VAE gets at most `frames` of
+    them, cut to 4k + 1 and decoded at `area` pixels; the VLM `config.video_frames` spread over all."""
     count = sum(1 for _ in islice(read_frames(path), length))
     if count < 5:
         raise InputError(f"{path} has {count} frame(s), and the VAE needs at least 5")
@@ -1643,7 +1642,7 @@ def open_weights(weights, config, device):
 
 
 def random_tensors(expected, device, dtype):
-    """A stream for `Vino.fill`: matrices and kernels that keep the variance, norms of one, small biases."""
+    """A stream for `Vino.fill`: variance-preserving matrices and kernels, norms near 1, biases near 0."""
     generator = torch.Generator(device).manual_seed(0)
     for name, tensor in expected.items():
         x = torch.randn(tensor.shape, generator=generator, device=device, dtype=dtype)
@@ -1655,8 +1654,8 @@ def random_tensors(expected, device, dtype):
 
 
 def restore_buffers(vlm, config, device, dtype):
-    """Give a VLM that was built on `meta` its RoPE frequencies, which no file holds: those of a VLM with the
-    same heads and no layers. In bfloat16 they are rounded, as in the release."""
+    """Give a VLM that was built on `meta` its RoPE frequencies, which no checkpoint holds: those of a VLM
+    with the same heads and no layers. In bfloat16 they are rounded, as in the release."""
     text = replace(config.text, num_hidden_layers=0, vocab_size=1)
     vision = replace(config.vision, depth=0, deepstack_visual_indexes=[])
     small = build_vlm(replace(config, text=text, vision=vision))
@@ -1678,11 +1677,7 @@ def read_public(vlm, base, ckpt, config, device):
     for name, tensor in trained.items():
         if not name.startswith("mm_encoder.mm_encoder."):  # the frozen VLM again
             yield name, tensor
-    for path in shards(base / "transformer"):
-        with open_safetensors(path, device) as file:
-            for name in file.keys():
-                if f"transformer.{name}" not in trained:
-                    yield f"transformer.{name}", file.get_tensor(name)
+    yield from read_safetensors(shards(base / "transformer"), "transformer.", device, skip=trained)
 
 
 def shards(folder):
@@ -1704,12 +1699,13 @@ def open_safetensors(path, device="cpu"):
         raise InputError(f"{path} is not a safetensors file, or is cut short ({error})") from error
 
 
-def read_safetensors(paths, prefix, device):
-    """(name, tensor on `device`) of all tensors in the files, one by one."""
+def read_safetensors(paths, prefix, device, skip=()):
+    """(name, tensor on `device`) of the tensors in the files, one by one, but for the names in `skip`."""
     for path in paths:
         with open_safetensors(path, device) as file:
             for name in file.keys():
-                yield prefix + name, file.get_tensor(name)
+                if prefix + name not in skip:
+                    yield prefix + name, file.get_tensor(name)
 
 
 def read_checkpoint(path):

@@ -346,7 +346,7 @@ def measure(suites, samples, world, device, ways):
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
                     told = outputs[i] if is_text else sample.prompt
                     label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {told}"
-                    columns = {f"reference {k}": panels(r[i]) for k, r in enumerate(references, 1)}
+                    columns = {f"Image {k}": panels(r[i]) for k, r in enumerate(references, 1)}
                     sheet.append((label, columns if is_text else columns | {"output": panels(outputs[i])}))
             bar.update(len(drawn))
     bar.close()

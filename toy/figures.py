@@ -63,6 +63,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser("toy.figures", "python -m toy.figures [curves|gallery] [NAME=PATH ...]")
     parser.add_argument("what", nargs="?", choices=["all", "curves", "gallery"], default="all")
     parser.add_argument("runs", nargs="*", metavar="NAME=PATH", help="folders of runs, or weights")
+    parser.add_argument("--tasks", nargs="+", default=(), help="of a gallery; by default stage 3's")
     parser.add_argument("--out", default="figure.png")
     args = parser.parse_args(arguments)
     named = dict(run.split("=", 1) for run in args.runs)
@@ -70,7 +71,7 @@ def main(arguments=None):
         if args.what == "curves":
             print(compare(named, args.out))
         elif args.what == "gallery":
-            gallery({name: (path, {}) for name, path in named.items()}, args.out)
+            gallery({name: (path, {}) for name, path in named.items()}, args.out, args.tasks)
         else:
             gallery({"output": (TINY, {})}, HERE / "assets" / "tasks.png")
             scales = {f"image cfg {scale:g}": (TINY, {"cfg_image": scale}) for scale in (1.0, 1.5, 3.0, 6.0)}
