@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import sys
 import time
@@ -26,15 +27,19 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import imageio.v3 as imageio
-import torch
-import torch.distributed as dist
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
+try:
+    import imageio.v3 as imageio
+    import torch
+    import torch.distributed as dist
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+    from tqdm import tqdm
 
-import vino
-from vino import Config, InputError, Reference, Vino
+    import vino
+    from vino import Config, InputError, Reference, Vino
+except KeyboardInterrupt:  # the imports take seconds
+    print("sample.py: stopped", file=sys.stderr)
+    sys.exit(130)
 
 HERE = Path(__file__).parent
 TINY = HERE / "assets" / "tiny.safetensors"
@@ -451,16 +456,26 @@ def made_by(path):
             with Image.open(path) as file:
                 facts = json.loads(file.info["comment"])
         return facts["command"], facts["seed"]
-    except (OSError, ValueError, KeyError, TypeError, UnidentifiedImageError):
+    except Exception:  # a damaged file can fail anywhere in a decoder; nobody's command has made it
         return None
 
 
-def write(path, pixels, fps, facts):
-    """Write pixels [3, T, H, W] in [-1, 1] as the path's suffix says, with `facts` in the metadata. The file
-    appears under its name when it is complete."""
-    frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
-    comment, partial = json.dumps(facts, ensure_ascii=False), Path(f"{path}.partial")
+@contextmanager
+def completing(path):
+    """Give a path to write to, of a file that is named `path` when it is complete, and else removed."""
+    partial = Path(f"{path}.partial")
     try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write(path, pixels, fps, facts):
+    """Write pixels [3, T, H, W] in [-1, 1] as the path's suffix says, with `facts` in the metadata."""
+    frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+    comment = json.dumps(facts, ensure_ascii=False)
+    with completing(path) as partial:
         if path.suffix.lower() == ".mp4":
             partial.write_bytes(encode_mp4(frames, fps, comment))
         elif path.suffix.lower() == ".gif":
@@ -471,9 +486,6 @@ def write(path, pixels, fps, facts):
             info = PngInfo()
             info.add_itxt("comment", comment)
             Image.fromarray(frames[0]).save(partial, "PNG", pnginfo=info)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)  # of a write that failed
 
 
 def encode_mp4(frames, fps, comment):
@@ -540,11 +552,12 @@ def explain(text, references, size, tokenizer, config):
 
 class Profile:
     """Seconds and peak memory of the model's parts, measured around their forward passes. The first call of
-    the MMDiT includes compiling. Memory is the GPU's, or without one what the process has had so far."""
+    the MMDiT includes compiling. Memory is the GPU's, or without one the most that the process has had."""
 
     def __init__(self, device):
         self.cuda = device.startswith("cuda")
-        self.calls, self.begin = {}, time.perf_counter()  # calls: name -> [(seconds, GiB)]
+        self.calls = {}  # name: [(seconds, GiB) of each call]
+        self.begin = time.perf_counter()
 
     def clock(self):
         if self.cuda:
@@ -561,30 +574,31 @@ class Profile:
             "VAE, decoder": model.vae.decoder,
         }
         for name, part in parts.items():
-            part.register_forward_pre_hook(functools.partial(self.enter, name))
+            part.register_forward_pre_hook(self.enter)
             part.register_forward_hook(functools.partial(self.leave, name))
 
-    def enter(self, name, module, inputs):
+    def enter(self, module, inputs):
         self.start = self.clock()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
 
     def leave(self, name, module, inputs, output):
         seconds = self.clock() - self.start
-        peak = torch.cuda.max_memory_allocated() if self.cuda else 0
+        if self.cuda:
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
         self.calls.setdefault(name, []).append((seconds, peak))
 
     def table(self):
-        left = self.clock() - self.begin
-        lines = ["part             calls  first s  others s   each s  peak GiB"]
+        rest = self.clock() - self.begin
+        lines = ["part             calls  first s  others s  peak GiB"]
         for name, calls in self.calls.items():
-            seconds = [s for s, _ in calls]
-            others = sum(seconds[1:])
-            each, peak = others / max(1, len(calls) - 1), max(m for _, m in calls) / 2**30
-            numbers = f"{seconds[0]:>8.2f} {others:>9.2f} {each:>8.3f} {peak:>9.1f}"
-            lines.append(f"{name:<16} {len(calls):>5} {numbers}")
-            left -= sum(seconds)
-        return "\n".join([*lines, f"all else, with loading and writing: {left:.2f} s"])
+            first, total = calls[0][0], sum(seconds for seconds, _ in calls)
+            peak = max(memory for _, memory in calls)
+            lines.append(f"{name:<16} {len(calls):>5} {first:>8.2f} {total - first:>9.2f} {peak:>9.1f}")
+            rest -= total
+        return "\n".join([*lines, f"all else, with loading and writing: {rest:.2f} s"])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -592,15 +606,14 @@ class Profile:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def run_all(jobs, args, config, tokenizer, load):
-    """Do the jobs of --tasks -> whether any failed; these are named at the end."""
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+def do_all(jobs, args, do):
+    """do(job) for each job of --tasks -> whether any failed; these are named at the end."""
     failed = []
     for position, job in enumerate(jobs, 1):
         name = job.outputs[args.seed].name
         say(f"[{position}/{len(jobs)}] {name}")
         try:
-            run(job, args, config, tokenizer, load)
+            do(job)
         except (InputError, OSError) as error:
             if isinstance(error, OutOfMemory) and WORLD > 1:
                 raise  # the other processes wait in this sample, until torchrun ends them
@@ -610,20 +623,24 @@ def run_all(jobs, args, config, tokenizer, load):
 
 
 def rewrite_tasks(items, jobs, args, config, load):
-    """Write the task file again: `caption` is the VLM's, `caption_raw` the user's. Returns False."""
+    """Write the task file again: `caption` is the VLM's, `caption_raw` the user's. An item that fails keeps
+    its caption. Returns whether any failed."""
     out = Path(args.out)
     check_writable(out, args, args.seed)
-    model = load()
-    for item, job in zip(items, tqdm(jobs, desc="rewriting", unit="caption", disable=RANK > 0)):
+
+    def rewrite(job):
         images, video, _ = prepare(job, args, config)
-        item["caption_raw"] = job.prompt
-        item["caption"] = model.rewrite([job.prompt], images, video)[0] or job.prompt
+        job.prompt = load().rewrite([job.prompt], images, video)[0] or job.prompt
+
+    failed = do_all(jobs, args, rewrite)
+    for item, job in zip(items, jobs, strict=True):
+        item["caption_raw"] = item["caption"]
+        item["caption"] = job.prompt
     if RANK == 0:
-        partial = Path(f"{out}.partial")
-        partial.write_text(json.dumps(items, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        partial.replace(out)
+        with completing(out) as partial:
+            partial.write_text(json.dumps(items, indent=2, ensure_ascii=False) + "\n", "utf-8")
         show(out)
-    return False
+    return failed
 
 
 def load_model(weights, config, args, profile):
@@ -656,7 +673,8 @@ def work(args):
     if args.rewrite_only:
         failed = rewrite_tasks(items, jobs, args, config, load)
     elif args.tasks is not None:
-        failed = run_all(jobs, args, config, tokenizer, load)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        failed = do_all(jobs, args, lambda job: run(job, args, config, tokenizer, load))
     else:
         run(jobs[0], args, config, tokenizer, load)
     if profile and not args.explain:

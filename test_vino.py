@@ -1869,6 +1869,29 @@ def test_rewrite_only_writes_the_task_file_again_with_the_old_captions_beside_th
     ]
 
 
+def test_rewriting_a_task_file_names_the_items_that_fail_and_keeps_their_captions(media, capsys, monkeypatch):
+    monkeypatch.setattr(Vino, "rewrite", lambda self, prompts, images, video: [f"{prompts[0]}, at dawn"])
+    items = [{"index": "a", "task": "ti2i", "caption": "x", "ref_image_paths": ["missing.png"]}]
+    items.append({"index": "b", "task": "t2i", "caption": "y"})
+    Path("tasks.json").write_text(json.dumps(items))
+    assert sample_py("--tasks", "tasks.json", "--rewrite-only", "--out", "new.json") == 1
+    last = capsys.readouterr().err.splitlines()[-2:]
+    assert last == ["1 of 2 failed", "  a.png: missing.png does not exist"]
+    captions = [(item["caption"], item["caption_raw"]) for item in json.loads(Path("new.json").read_text())]
+    assert captions == [("x", "x"), ("y, at dawn", "y")] and not list(Path().glob("*.partial"))
+
+
+def test_a_damaged_result_is_nobodys_and_is_kept(media):
+    assert sample_py("--prompt", "x", "--frames", "5", "--out", "a.mp4") == 0
+    whole, damage = Path("a.mp4").read_bytes(), random.Random(0)
+    for _ in range(20):
+        content = bytearray(whole)
+        for _ in range(damage.choice([1, 5, 50])):
+            content[damage.randrange(len(content))] = damage.randrange(256)
+        Path("a.mp4").write_bytes(content)
+        command_line.made_by(Path("a.mp4"))  # raises nothing
+
+
 def test_queries_can_be_taken_away_from_finished_weights(media):
     for name, more in (("with", []), ("without", ["--no-queries"])):
         assert sample_py("--prompt", "a dot", "--out", f"{name}.png", *more) == 0
