@@ -587,7 +587,8 @@ class Profile:
         if self.cuda:
             peak = torch.cuda.max_memory_allocated() / 2**30
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
+            unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         self.calls.setdefault(name, []).append((seconds, peak))
 
     def table(self):

@@ -524,16 +524,13 @@ class Attention(nn.Module):
     def __init__(self, config, norm=True, out=True):
         super().__init__()
         width, head = config.width, config.attention_head_dim
-        self.heads = config.num_attention_heads
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.norm_q = nn.RMSNorm(head, eps=1e-6) if norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(head, eps=1e-6) if norm else nn.Identity()
+        self.head = head
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.norm_q, self.norm_k = (nn.RMSNorm(head, eps=1e-6) if norm else nn.Identity() for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(width, width)) if out else None
 
     def qkv(self, x):  # [B, L, D] -> 3 x [B, L, heads, head]
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head)) for layer in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
 
@@ -543,16 +540,13 @@ class JointAttention(Attention):
     def __init__(self, config):
         super().__init__(config)
         width, head = config.width, config.attention_head_dim
-        self.add_q_proj = nn.Linear(width, width)
-        self.add_k_proj = nn.Linear(width, width)
-        self.add_v_proj = nn.Linear(width, width)
-        self.norm_added_q = nn.RMSNorm(head, eps=1e-6)
-        self.norm_added_k = nn.RMSNorm(head, eps=1e-6)
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.norm_added_q, self.norm_added_k = (nn.RMSNorm(head, eps=1e-6) for _ in range(2))
         self.to_add_out = nn.Linear(width, width)
 
     def text_qkv(self, x):  # [B, L, D] -> 3 x [B, L, heads, head]
         layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in layers)
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head)) for layer in layers)
         return self.norm_added_q(q), self.norm_added_k(k), v
 
 
@@ -789,9 +783,7 @@ class FrameAttention(nn.Module):
     def __init__(self, channels, groups):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x):  # [B, C, T, H, W]
@@ -856,6 +848,12 @@ def levels(widths, layers, config, name, resample):
     return nn.Sequential(*blocks)
 
 
+def output_layers(width, channels, groups):
+    """What ends encoder and decoder."""
+    norm = nn.GroupNorm(groups, width, eps=1e-6)
+    return {"conv_norm_out": norm, "silu": nn.SiLU(), "conv_out": CausalConv3d(width, channels)}
+
+
 def build_encoder(config):
     """Pixels [B, 3, T, H, W] -> mean and log-variance of the posterior, [B, 2C, (T-1)/4 + 1, H/8, W/8]."""
     widths, groups = config.block_out_channels, config.norm_num_groups
@@ -863,9 +861,7 @@ def build_encoder(config):
         conv_in=CausalConv3d(3, widths[0]),
         down_blocks=levels(widths, config.layers_per_block, config, "downsamplers", downsample),
         mid_block=MidBlock(widths[-1], groups),
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
-        silu=nn.SiLU(),
-        conv_out=CausalConv3d(widths[-1], 2 * config.latent_channels),
+        **output_layers(widths[-1], 2 * config.latent_channels, groups),
     )
 
 
@@ -876,9 +872,7 @@ def build_decoder(config):
         conv_in=CausalConv3d(config.latent_channels, widths[0]),
         mid_block=MidBlock(widths[0], groups),
         up_blocks=levels(widths, config.layers_per_block + 1, config, "upsamplers", Upsample),
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
-        silu=nn.SiLU(),
-        conv_out=CausalConv3d(widths[-1], 3),
+        **output_layers(widths[-1], 3, groups),
     )
 
 
@@ -1620,15 +1614,6 @@ def download(name, files):
         raise InputError(f"cannot download {name}: {' '.join(str(error).split())}") from error
 
 
-def locate(weights):
-    """Folders of the VLM and of HunyuanVideo, and the path of vino.ckpt, downloaded first for "hub"."""
-    if str(weights) == "hub":
-        vlm, base, vino = (download(name, files) for name, files in HUB.items())
-        return vlm, base, vino / "vino.ckpt"
-    folder = existing(weights)
-    return [existing(folder / name) for name in ("Qwen3-VL-4B-Instruct", "HunyuanVideo", "vino.ckpt")]
-
-
 def open_weights(weights, config, device):
     """Config, tokenizer, and a stream for `Vino.fill`, which is None for random weights."""
     if str(weights) == "random":
@@ -1636,8 +1621,12 @@ def open_weights(weights, config, device):
     if Path(weights).suffix == ".safetensors":
         config, tokenizer = read_metadata(weights, config)
         return config, tokenizer, read_safetensors([weights], "", device)
-    config = config or Config()
-    vlm, base, ckpt = locate(weights)
+    if str(weights) == "hub":
+        vlm, base, vino = (download(name, files) for name, files in HUB.items())
+    else:
+        vino = existing(weights)
+        vlm, base = (existing(vino / name) for name in ("Qwen3-VL-4B-Instruct", "HunyuanVideo"))
+    config, ckpt = config or Config(), existing(vino / "vino.ckpt")
     return config, read_tokenizer(vlm), read_public(vlm, base, ckpt, config, device)
 
 
