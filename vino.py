@@ -1216,16 +1216,16 @@ class Vino(nn.Module):
     def offload(self, device):
         """Move to a GPU that cannot hold all weights. Those of the MMDiT's blocks and of the VLM's layers
         stay in the host's memory, and FSDP copies them to the GPU one at a time."""
-        torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         # Under torchrun each process offloads for itself: its mesh, "alone", has one GPU.
         meshes = init_device_mesh("cuda", (dist.get_world_size(), 1), mesh_dim_names=("all", "alone"))
         vlm = self.mm_encoder.mm_encoder.model
         layers = [*vlm.visual.blocks, *vlm.language_model.layers, *self.transformer.blocks()]
-        for layer in layers:
-            options = {"mesh": meshes["alone"], "reshard_after_forward": True}
-            fully_shard(layer, offload_policy=CPUOffloadPolicy(), **options)
+        options = {"mesh": meshes["alone"], "reshard_after_forward": True}
+        with torch.cuda.device(device):  # FSDP takes the current one
+            for layer in layers:
+                fully_shard(layer, offload_policy=CPUOffloadPolicy(), **options)
         visitors = {parameter for layer in layers for parameter in layer.parameters()}
         for tensor in [*self.parameters(), *self.buffers()]:
             if tensor not in visitors:
