@@ -309,9 +309,11 @@ class MultiModalEncoder(nn.Module):
             names = ("<|image_pad|>", "<|video_pad|>")
             pads = torch.tensor([self.tokenizer.token_to_id(name) for name in names], device=device)
             visual_mask = torch.isin(ids, pads)
-            features = concat([reference.features for reference in references], len(batch))
-            layers = zip(*[reference.deepstack for reference in references])
-            deepstack = [concat(layer, len(batch)) for layer in layers]
+            layers = zip(*[[reference.features, *reference.deepstack] for reference in references])
+            features, *deepstack = [
+                torch.cat([part.expand(len(batch), -1, -1) for part in layer], 1).flatten(0, 1)
+                for layer in layers  # in the order of their placeholders: [B * tokens, D]
+            ]
             embeds = embeds.masked_scatter(visual_mask[..., None], features.to(embeds.dtype))
         last, penultimate = self.language(embeds, positions, mask, cache, visual_mask, deepstack)
         return last, penultimate, positions, mask
@@ -360,11 +362,6 @@ class MultiModalEncoder(nn.Module):
             last, _ = self.language(embeds, positions, mask, cache)
         rows = torch.stack(ids, 1).tolist()
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
-
-
-def concat(parts, batch):
-    """Features [B or 1, n, D] of all references, in the order of their placeholders: [B * sum of n, D]."""
-    return torch.cat([part.expand(batch, -1, -1) for part in parts], 1).flatten(0, 1)
 
 
 def build_vlm(config):
@@ -460,12 +457,6 @@ class MMDiTConfig:
         return self.num_attention_heads * self.attention_head_dim
 
 
-def attention_kernels(length):
-    """cuDNN's attention, the fastest, is for sampling and for long sequences: training sees a new length
-    every step."""
-    return sdpa_kernel(ANY_LENGTH) if torch.is_grad_enabled() and length < 8192 else nullcontext()
-
-
 def attend(q, k, v, rope=None, mask=None):
     """Softmax attention of rotated queries and keys: q, k, v [B, L, heads, head] -> [B, L, D].
 
@@ -476,7 +467,9 @@ def attend(q, k, v, rope=None, mask=None):
     if mask is not None:
         mask = mask[:, None, None]  # [B, heads, queries, keys]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, head]
-    with attention_kernels(q.shape[2]):
+    # cuDNN's kernel, the fastest, is for sampling and long sequences: training sees a new length every step.
+    any_length = torch.is_grad_enabled() and q.shape[2] < 8192
+    with sdpa_kernel(ANY_LENGTH) if any_length else nullcontext():
         x = F.scaled_dot_product_attention(q, k, v, mask)
     return x.transpose(1, 2).flatten(2)
 
