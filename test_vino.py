@@ -42,6 +42,7 @@ from transformers import DynamicCache
 import sample as command_line
 import train
 import vino
+from toy.test_toy import SMALL
 from toy.world import ToyWorld
 from vino import VAE, Config, InputError, MMDiT, Reference, SequenceParallel, Vino, build_prompt
 
@@ -72,18 +73,6 @@ def clip(tiny):
     """A reference video of noise, 9 frames of 64 x 64."""
     frames = np.random.default_rng(0).integers(0, 255, (9, 64, 64, 3), dtype=np.uint8)
     return Reference.video(frames, frames[vino.spread_frames(9, 8)], tiny.config.vision)
-
-
-SMALL = {  # tiny_config.json, smaller
-    "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "head_dim": 16, "mrope_section": [3, 3, 2]},
-    "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
-               "deepstack_visual_indexes": [0, 1]},
-    "mmdit": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 1,
-              "num_refiner_layers": 1, "patch_size": 2, "text_embed_dim": 32, "rope_axes_dim": [4, 6, 6]},
-    "vae": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1},
-    "sampling": {"frames": 5}, "num_queries": 4,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

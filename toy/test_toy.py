@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # pytest runs from anywhe
 
 import train
 import vino
-from test_vino import SMALL
 from toy import benchmark, figures, pretrain, world
 from vino import Config, InputError, Vino
 
@@ -109,6 +108,18 @@ def test_every_word_of_the_toy_world_is_one_token_and_other_words_are_bytes():
 # ----------------------------------------------------------------------------------------------------------
 # Stage 0
 # ----------------------------------------------------------------------------------------------------------
+
+SMALL = {  # tiny_config.json, smaller
+    "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 16, "mrope_section": [3, 3, 2]},
+    "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+               "deepstack_visual_indexes": [0, 1]},
+    "mmdit": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 1,
+              "num_refiner_layers": 1, "patch_size": 2, "text_embed_dim": 32, "rope_axes_dim": [4, 6, 6]},
+    "vae": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1},
+    "sampling": {"frames": 5}, "num_queries": 4,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
