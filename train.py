@@ -898,8 +898,9 @@ def contact_sheet(rows, path):
         draw.text((left, top), label[: sheet.width // 6], fill="black")
         for heading, width in widths.items():
             place = left
-            for image in groups.get(heading, []):
+            if heading in groups:
                 draw.text((left, top + 12), heading, fill="dimgray")
+            for image in groups.get(heading, []):
                 sheet.paste(image.resize((image.width * scale, image.height * scale), 0), (place, top + 26))
                 place += image.width * scale + 4
             left += width

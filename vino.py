@@ -99,8 +99,8 @@ class VisionConfig:
     spatial_merge_size: int = 2
     num_position_embeddings: int = 2304
     deepstack_visual_indexes: list = items(5, 11, 17)
-    # The release resizes twice in turn: [sides are multiples of, fewest pixels, most pixels]. Those of a
-    # video's second resizing are of all its frames together.
+    # The release resizes twice in turn: [sides are multiples of, fewest pixels, most pixels]. The limits of a
+    # video's second resizing count the pixels of all its frames.
     image_resize: list = items([28, 4 * 28**2, 16384 * 28**2], [32, 2**16, 2**24])
     video_resize: list = items([28, 256 * 32**2, 768 * 28**2], [32, 2**12, 25165824])
     video_frames: int = 8  # appendix B
@@ -272,11 +272,10 @@ class MultiModalEncoder(nn.Module):
         cache = DynamicCache()
         with torch.no_grad():
             _, hidden, positions, mask = self.prefill(batch, references, cache)
-        left = torch.tensor(
-            [[hidden.shape[1] - len(prompt.ids)] for prompt in batch]
-        )  # padding shifts indices
-        starts = torch.tensor([prompt.starts for prompt in batch], dtype=torch.long) + left
-        ends = torch.tensor([prompt.ends for prompt in batch], dtype=torch.long) + left
+        lengths = torch.tensor([len(prompt.ids) for prompt in batch])
+        padding = (hidden.shape[1] - lengths)[:, None]  # on the left: it shifts the indices
+        starts = torch.tensor([prompt.starts for prompt in batch], dtype=torch.long) + padding
+        ends = torch.tensor([prompt.ends for prompt in batch], dtype=torch.long) + padding
 
         count = len(self.metaquery)
         if count:
@@ -711,9 +710,8 @@ class MMDiT(nn.Module):
 
 
 def compiled(forward):
-    """Compile a block's forward with dynamic shapes, and with correct gradients: torch 2.10 to 2.13 lose
-    those of `Modulation` over thousands of tokens unless mix-order reductions are off (pytorch issue 193061).
-    """
+    """Compile a block's forward with dynamic shapes and correct gradients: torch 2.10 to 2.13 lose those of
+    `Modulation` over thousands of tokens unless mix-order reductions are off (pytorch issue 193061)."""
     # Each kind of block needs a graph for short and long sequences, with and without mask, with and without
     # gradient; torch gives up after eight.
     torch._dynamo.config.recompile_limit = 64
@@ -1077,7 +1075,8 @@ class Vino(nn.Module):
         return self.mm_encoder.answer(prompts, references, sampling.rewrite_system)
 
     def encode_all(self, images, video):
-        return [self.encode(reference) for reference in [*images, video] if reference]
+        references = images if video is None else [*images, video]
+        return [self.encode(reference) for reference in references]
 
     def remove_queries(self):
         """Go on without learnable queries (figures 8 and 13)."""
