@@ -18,7 +18,6 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,6 @@ import sample as command_line
 import train
 import vino
 from toy.test_toy import SMALL
-from toy.world import ToyWorld
 from vino import VAE, Config, InputError, MMDiT, Reference, SequenceParallel, Vino, build_prompt
 
 gc.freeze()  # imageio collects garbage whenever it closes a file
@@ -946,11 +944,15 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+SILENT = "--validate-every=0"
+PAIRS = ["--batch=1", "--accumulate=2", "--checkpointing"]  # two samples a step
+
+
 @pytest.fixture(scope="module")
 def six_steps(small_config, tmp_path_factory):
-    """One process, six steps of stage 3 in one go, two samples a step."""
+    """One process, six steps of stage 3 in one go."""
     out = tmp_path_factory.mktemp("six")
-    return run(small_config, out, "--save-every=3", "--batch=1", "--accumulate=2", "--checkpointing"), out
+    return run(small_config, out, "--save-every=3", *PAIRS), out
 
 
 def is_share(count, share, draws=4000):
@@ -972,10 +974,9 @@ def test_stages_are_the_columns_of_table_1():
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_a_step_changes_what_table_1_trains_and_nothing_else(stage, small_config, tmp_path):
-    started = start(small_config, tmp_path, "--steps=4", "--validate-every=0", stage=stage)
+    started = start(small_config, tmp_path, "--steps=4", SILENT, stage=stage)
     (group,) = started.optimizer.param_groups
-    betas = train.STAGES[stage].betas
-    assert ([*group["betas"]], group["weight_decay"]) == (betas, 0.01)
+    assert ([*group["betas"]], group["weight_decay"]) == (train.STAGES[stage].betas, 0.01)
     before = {name: tensor.clone() for name, tensor in started.vino.state_dict().items()}
     train.train(started)  # with and without references
     after = started.vino.state_dict()
@@ -985,16 +986,10 @@ def test_a_step_changes_what_table_1_trains_and_nothing_else(stage, small_config
         assert torch.equal(tensor, after[name]) == frozen, name
 
 
-def test_the_learning_rate_is_constant_but_for_our_rise_and_fall():
+def test_the_learning_rate_is_constant_but_for_our_rise_and_fall(small_config, tmp_path):
     stage = replace(train.STAGES["3"], lr=1.0, steps=10)
     assert {train.learning_rate(stage, step) for step in range(1, 11)} == {1.0}
-    stage = replace(stage, warmup=2, cooldown=4)
-    rates = [train.learning_rate(stage, step) for step in range(1, 11)]
-    assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-
-
-def test_adamw_steps_at_the_rate_that_is_logged(small_config, tmp_path):
-    more = ["--steps=3", "--warmup=2", "--cooldown=2", "--lr=1", "--validate-every=0"]
+    more = ["--steps=3", "--warmup=2", "--cooldown=2", "--lr=1", SILENT]
     started = run(small_config, tmp_path, *more)
     assert [record["lr"] for record in records(tmp_path)] == [0.5, 1, 0.5]
     assert started.optimizer.param_groups[0]["lr"] == 0.5
@@ -1004,12 +999,10 @@ def test_a_shorter_run_warms_up_cools_down_and_averages_over_fewer_steps():
     config = Config.from_file(HERE / "tiny_config.json")
     long = train.make_stage("3", config, {})
     short = train.make_stage("3", config, {"steps": 20})
-    assert (long.warmup, long.cooldown) == (100, 5000) and (short.warmup, short.cooldown) == (2, 5)
+    assert (short.warmup, short.cooldown, short.ema) == (2, 5, 0.5)
     assert max(train.learning_rate(short, step) for step in range(1, 21)) == short.lr
-    assert train.make_stage("3", config, {"steps": 20, "warmup": 9}).warmup == 9
-    half = train.make_stage("3", config, {"steps": long.steps // 2})
-    assert half.ema == pytest.approx(1 - 2 * (1 - long.ema)) and short.ema == 0.5
-    assert train.make_stage("3", config, {"steps": 20, "ema": 0.9}).ema == 0.9
+    half = train.make_stage("3", config, {"steps": long.steps // 2, "warmup": 9})
+    assert half.warmup == 9 and half.ema == pytest.approx(1 - 2 * (1 - long.ema))
 
 
 def test_the_command_line_wins_over_the_config_and_the_config_over_table_1(small_config):
@@ -1018,13 +1011,10 @@ def test_the_command_line_wins_over_the_config_and_the_config_over_table_1(small
     assert (stage.shift, stage.betas, stage.area, stage.weight_decay) == (2.5, [0.8, 0.9], 1024, 0.01)
     assert stage.mixture == {"t2v": 0.4}
     for wrong, named in [({"1": {"rate": 1}}, "training.1.rate"), ({"4": {}}, "training.4"),
-                         ({"1": {"steps": "many"}}, "training.1.steps"),
                          ({"1": {"batch": 0}}, "'batch' should be at least 1"),
-                         ({"1": {"trainable": ["MMDiT", "VLM"]}}, "unknown module 'VLM'"),
                          ({"1": {"trainable": [["MMDiT"]]}}, "unknown module"),
                          ({"1": {"betas": ["0.9", "0.99"]}}, "'betas' should be two numbers"),
-                         ({"1": {"drop": 2.0}}, "'drop' should be at least 0 and at most 1"),
-                         ({"1": {"warmup": -1}}, "'warmup' should be at least 0")]:  # fmt: skip
+                         ({"1": {"drop": 2.0}}, "'drop' should be at least 0 and at most 1")]:  # fmt: skip
         with pytest.raises(InputError, match=named):
             train.make_stage("1", Config.from_dict({"training": wrong}), {})
 
@@ -1100,15 +1090,6 @@ def test_all_processes_drop_alike_only_where_there_are_many_images():
     assert any(a != b for a, b in few) and all(a == b for a, b in many)
 
 
-def test_times_are_uniform_then_shifted():
-    keys = [(0, step, number) for step in range(1000) for number in range(4)]
-    u, noise = train.draw_noise(keys, (2,))
-    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
-    t = vino.shift_time(u, 3.0)  # t = 3u / (1 + 2u), so P(t < x) = x / (3 - 2x)
-    for x in (0.1, 0.3, 0.5, 0.7, 0.9):
-        assert is_share((t < x).sum(), x / (3 - 2 * x))
-
-
 def test_frames_and_images_adapt_so_that_a_local_batch_of_one_fits():
     source = train.Source(train.STAGES["3"], Config(), 0)
     for images, video in itertools.product(range(9), (False, True)):
@@ -1119,13 +1100,18 @@ def test_frames_and_images_adapt_so_that_a_local_batch_of_one_fits():
     assert (source.images_that_fit(False), source.images_that_fit(True)) == (4, 2)
 
 
-def toy(config):
-    return ToyWorld(train.make_stage("3", config, {}), config, 0)
+def test_times_are_uniform_then_shifted():
+    keys = [(0, step, number) for step in range(1000) for number in range(4)]
+    u, noise = train.draw_noise(keys, (2,))
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    t = vino.shift_time(u, 3.0)  # t = 3u / (1 + 2u), so P(t < x) = x / (3 - 2x)
+    for x in (0.1, 0.3, 0.5, 0.7, 0.9):
+        assert is_share((t < x).sum(), x / (3 - 2 * x))
 
 
 def test_reconstruction_is_seen_by_the_vlm_only(small_config, tmp_path):
     started = start(small_config, tmp_path)
-    world = toy(started.vino.config)
+    world = started.source
     for task, latents in (("reconstruction", 0), ("selection", 2)):
         batch = world.collate(task, [world.draw(task, 0, 0)], started.device)
         batch.references = batch.references[:2]
@@ -1134,7 +1120,7 @@ def test_reconstruction_is_seen_by_the_vlm_only(small_config, tmp_path):
 
 def test_the_loss_is_the_flow_loss_of_the_posteriors_mean(small_config, tmp_path):
     started = start(small_config, tmp_path, "--shift=5")
-    world, model = toy(started.vino.config), started.vino
+    world, model = started.source, started.vino
     batch = world.collate("t2i", [world.draw("t2i", 0, index) for index in range(3)], started.device)
     batch.keys = [(0, 1, number) for number in range(3)]
     data = model.vae.encode(batch.target)
@@ -1160,25 +1146,28 @@ def test_the_norm_of_the_gradient_is_clipped_and_0_is_no_limit(small_config, tmp
 # --- Memory, and many processes -----------------------------------------------------------------------------
 
 
+class Counted(TorchDispatchMode):
+    """Counts the attentions and the matrix products of what runs inside it."""
+
+    attentions = products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        self.attentions += "scaled_dot_product" in name and "backward" not in name
+        self.products += "addmm" in name
+        return function(*args, **(kwargs or {}))
+
+
 def test_checkpointing_gives_the_same_gradients_and_computes_attention_once(small_config, monkeypatch):
     model = Vino.load("random", Config.from_file(small_config)).transformer.requires_grad_(True)
     condition = vino.Condition(torch.randn(2, 9, model.config.text_embed_dim), None, [])
     latents, t = torch.randn(2, 16, 1, 4, 4), torch.rand(2)
 
-    class Watch(TorchDispatchMode):
-        attentions = products = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            name = str(function)
-            self.attentions += "scaled_dot_product" in name and "backward" not in name
-            self.products += "addmm" in name
-            return function(*args, **(kwargs or {}))
-
     def gradients():
         model.zero_grad()
-        with Watch() as watch:
+        with Counted() as counted:
             model(latents, t, condition).square().sum().backward()
-        return watch, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return counted, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     plain, expected = gradients()
     for block in model.blocks():
@@ -1188,23 +1177,6 @@ def test_checkpointing_gives_the_same_gradients_and_computes_attention_once(smal
     kept, actual = gradients()
     assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
     assert kept.attentions == plain.attentions and kept.products >= 1.5 * plain.products
-
-
-def test_compiled_blocks_stay_compiled_although_short_and_long_have_graphs_of_their_own(
-    small_config, monkeypatch
-):
-    model = Vino.load("random", Config.from_file(small_config)).transformer.requires_grad_(True)
-    compile_ = functools.partial(torch.compile, backend="eager", dynamic=True)
-    monkeypatch.setattr(torch, "compile", lambda forward, **_: compile_(forward))
-    monkeypatch.setattr(train, "SHORT", 40)
-    torch._dynamo.reset()
-    # torch's limit is 8. With masks and without gradients there are more graphs, which take time to make.
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        for block in (model.transformer_blocks[0], model.single_transformer_blocks[0]):
-            block.forward = vino.compiled(MethodType(train.checkpointed, block))
-        for side in (4, 12):
-            words, latents = torch.randn(2, 9, model.config.text_embed_dim), torch.randn(2, 16, 1, side, side)
-            assert model(latents, torch.rand(2), vino.Condition(words, None, [])).isfinite().all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -1225,52 +1197,8 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones_over_33_000_tokens():
         assert wanted is None or (actual - wanted).norm() <= 1e-3 * wanted.norm() + 1e-9
 
 
-def test_training_leaves_cudnn_to_long_sequences_and_the_vlm_leaves_it_out(small_config, monkeypatch):
-    allowed, sdpa = [], F.scaled_dot_product_attention
-
-    def watch(q, *inputs, **more):
-        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return q
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
-    short, long = (torch.zeros(1, length, 1, 1) for length in (100, 10_000))
-    for x in (short, long):
-        vino.attend(x, x, x)
-    with torch.no_grad():
-        vino.attend(short, short, short)
-    assert allowed == [False, True, True]
-    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
-    encoder, allowed = Vino.load("random", Config.from_file(small_config)).mm_encoder, []
-    layer = encoder.mm_encoder.model.language_model.layers[0]
-    layer.register_forward_pre_hook(lambda *_: allowed.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    with torch.no_grad():
-        encoder.hidden_states(["a red circle"], [])
-    assert allowed == [False, False]  # the prompt, then the queries
-
-
-def test_averages_decay_as_the_stage_says_and_are_what_is_exported(small_config, tmp_path):
-    started = start(small_config, tmp_path)
-    before = {name: average.clone() for name, average in started.averages.tensors.items()}
-    for parameter in started.parameters.values():
-        parameter.data.fill_(2.0)
-    started.averages.update(1)
-    train.export(started)
-    exported, decay = load_file(tmp_path / "final.safetensors"), started.stage.ema
-    assert before and decay == 0.9
-    for name, average in before.items():
-        torch.testing.assert_close(exported[name], decay * average.cpu() + (1 - decay) * 2.0)
-
-
-def test_averages_follow_the_steps_of_a_run(six_steps, small_config):
-    started, _ = six_steps
-    first = Vino.load("random", Config.from_file(small_config)).state_dict()
-    for name, average in started.averages.tensors.items():
-        last = started.parameters[name].cpu()
-        assert not torch.equal(average.cpu(), first[name]) and not torch.equal(average.cpu(), last)
-
-
 @torch.no_grad()
-def test_averages_in_the_hosts_memory_follow_in_larger_steps_with_the_same_decay():
+def test_averages_follow_every_step_or_in_the_hosts_memory_every_tenth_with_the_same_decay():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     weights = {"a": torch.zeros(5, device=device)}
     near, far = train.Averages(weights, 0.9, on_host=False), train.Averages(weights, 0.9, on_host=True)
@@ -1280,7 +1208,19 @@ def test_averages_in_the_hosts_memory_follow_in_larger_steps_with_the_same_decay
         near.update(step)
         far.update(step)
     assert far.tensors["a"].is_pinned() == torch.cuda.is_available()
+    torch.testing.assert_close(near.tensors["a"].cpu(), torch.full((5,), 1 - 0.9**10))
     torch.testing.assert_close(near.tensors["a"].cpu(), far.tensors["a"])
+
+
+def test_the_averages_are_what_is_exported(six_steps, small_config):
+    started, out = six_steps
+    first, exported = Vino.load("random", Config.from_file(small_config)).state_dict(), {}
+    exported = load_file(out / "final.safetensors")
+    assert started.stage.ema == 0.9 and started.averages.tensors
+    for name, average in started.averages.tensors.items():
+        last = started.parameters[name].cpu()
+        assert torch.equal(average.cpu(), exported[name])
+        assert not torch.equal(average.cpu(), first[name]) and not torch.equal(average.cpu(), last)
 
 
 TWO = """
@@ -1309,16 +1249,12 @@ def two(small_config, tmp_path_factory):
     given = flags(small_config, "", "--save-every=3", "--batch=1", "--checkpointing")
     given = [flag for flag in given if not flag.startswith("--out")]
     script = TWO.format(here=str(HERE), ports=ports, flags=given, folder=str(folder))
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", script]
     own = os.environ | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
-    calls = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", "-c", script],
-            env=own | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    calls = []
+    for rank in "01":
+        environment = own | {"RANK": rank, "LOCAL_RANK": rank}
+        calls.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     for call in calls:
         _, errors = call.communicate(timeout=300)
         assert call.returncode == 0, errors[-2000:]
@@ -1339,7 +1275,7 @@ def test_two_processes_are_one_and_one_goes_on_where_two_stopped(how, two, six_s
     for name, tensor in load_file(two / how / "final.safetensors").items():
         assert torch.allclose(tensor, alone[name], atol=1e-4), name
     shutil.rmtree(two / how / "checkpoints" / "step_00000006")
-    run(small_config, two / how, "--resume", "--batch=1", "--accumulate=2", "--checkpointing")
+    run(small_config, two / how, "--resume", *PAIRS)
     assert records(two / how)[-2]["loss"] == pytest.approx(records(out)[-2]["loss"], rel=1e-5)
 
 
@@ -1382,9 +1318,9 @@ def manifest(tmp_path):
 def train_refuses(small_config, capsys):
     """A function that returns the one line with which main refuses a run."""
 
-    def refuses(out, *more, stage="3", config=small_config):
+    def refuses(out, *more, stage="3"):
         with pytest.raises(SystemExit) as stopped:
-            train.main(flags(config, out, *more, stage=stage))
+            train.main(flags(small_config, out, *more, stage=stage))
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and "Traceback" not in error
         assert error.strip().splitlines()[-1].startswith("train.py: ")
@@ -1393,7 +1329,7 @@ def train_refuses(small_config, capsys):
     return refuses
 
 
-ONE = ["--batch=1", "--validate-every=0", "--ema=0.9"]
+ONE = ["--batch=1", SILENT, "--ema=0.9"]
 
 
 def test_a_run_on_files_is_resumed_exactly_and_visits_every_sample_once_an_epoch(
@@ -1409,9 +1345,7 @@ def test_a_run_on_files_is_resumed_exactly_and_visits_every_sample_once_an_epoch
 
 
 def test_frames_have_the_stages_area_at_their_own_aspect_ratio(tmp_path):
-    rng = random.Random(0)
-    for number in range(12):
-        height, width = rng.randint(200, 900), rng.randint(200, 900)
+    for height, width in ((250, 500), (333, 777), (640, 641), (640, 300)):
         Image.new("RGB", (width, height)).save(tmp_path / "a.png")
         h, w = train.read_target(tmp_path / "a.png", 1, 640**2, framed=True).shape[3:]
         exact = 640 * math.sqrt(height / width), 640 * math.sqrt(width / height)
@@ -1422,23 +1356,15 @@ def test_frames_have_the_stages_area_at_their_own_aspect_ratio(tmp_path):
 
 
 @pytest.mark.parametrize("line, problem", [
-    ("{", "not JSON"), ("[1]", "should be an object"), ('{"task": "", "prompt": ""}', "'target' is missing"),
+    ("{", "Expecting"), ("[1]", "should be an object"), ('{"task": "", "prompt": ""}', "'target' is missing"),
     ({"task": "t2x"}, "unknown task 't2x'"), ({"size": 3}, "no field 'size'"), ({"images": [1]}, "of paths"),
-    ({"images": "0.png"}, "field 'images' is str"), ({"images": []}, "takes 1 to 1 images, not 0"),
-    ({"video": "0.mp4"}, "takes no video"), ("[" * 100_000, "not JSON"),
-    ('{"line": ' + "9" * 5000 + "}", "not JSON"), ({"prompt": "\ud800"}, "not JSON"),
+    ({"images": []}, "takes 1 to 1 images, not 0"), ({"video": "0.mp4"}, "takes no video"),
+    ("[" * 100_000, "recursion"), ('{"line": ' + "9" * 5000 + "}", "4300"),
+    ({"prompt": "\ud800"}, "surrogates not allowed"),
 ])  # fmt: skip
 def test_a_broken_line_of_a_manifest_is_named(line, problem, manifest, tmp_path, train_refuses):
     message = train_refuses(tmp_path / "run", manifest({7: line}), *ONE)
     assert "data.jsonl, line 7: " in message and problem in message
-
-
-def test_a_manifest_keeps_line_separators_inside_its_strings(small_config, tmp_path):
-    line = {"task": "t2i", "prompt": "one\u2028two", "target": "a.png"}
-    (tmp_path / "data.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
-    stage = replace(train.STAGES["3"], mixture={"t2i": 1})
-    source = train.Manifest(tmp_path / "data.jsonl", stage, Config(), "0")
-    assert [entry.prompt for entry in source.entries["t2i"]] == ["one\u2028two"]
 
 
 def test_an_unreadable_sample_is_reported_once_and_skipped_and_more_than_1_percent_stop(
@@ -1449,7 +1375,7 @@ def test_an_unreadable_sample_is_reported_once_and_skipped_and_more_than_1_perce
         stage = replace(train.STAGES["3"], mixture={"ti2i": 1}, area=1024)
         source = train.Manifest(path, stage, Config.from_file(small_config), "0")
         for index in range(2 * 99):  # two epochs
-            source.collate("ti2i", [source.draw("ti2i", 0, index)], torch.device("cpu"))
+            source.draw("ti2i", 0, index)
 
     read_all({3: {"target": "gone.png"}})
     told = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
@@ -1469,21 +1395,17 @@ def test_a_run_that_is_resumed_is_bit_equal_to_one_that_never_stopped(six_steps,
     (tmp_path / "final.safetensors").unlink()
     with open(tmp_path / "metrics.jsonl", "r+") as file:
         file.truncate(file.read().index('"step": 6') + 12)
-    again = run(small_config, tmp_path, "--resume", "--batch=1", "--accumulate=2", "--checkpointing")
+    again = run(small_config, tmp_path, "--resume", *PAIRS)
     assert again.step == 6 and equal(whole.tensors(), again.tensors())
     assert equal(load_file(out / "final.safetensors"), load_file(tmp_path / "final.safetensors"))
     clock = {"seconds": 0, "peak_mib": 0}
     assert [r | clock for r in records(out)] == [r | clock for r in records(tmp_path)]
-
-
-def test_a_checkpoint_holds_plain_tensors_and_json_and_runs_no_code(six_steps):
-    _, out = six_steps
-    [*files] = (out / "checkpoints" / "step_00000006").iterdir()
+    [*files] = (out / "checkpoints" / "step_00000006").iterdir()  # plain tensors and JSON, which run no code
     assert sorted(file.name for file in files) == ["0.safetensors", "state.json"]
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_ten_in_a_row_stop_the_run(small_config, tmp_path):
-    more = ["--validate-every=0", "--ema=0.9"]
+    more = [SILENT, "--ema=0.9"]
     started = start(small_config, tmp_path, "--steps=20", *more)
     loss = started.objective.loss
     started.objective.loss = lambda batch: loss(batch) * (1 if started.step <= 2 else math.nan)
@@ -1497,7 +1419,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_ten_in_a_row_stop_the_run
 
 
 def test_kill_during_a_save_leaves_the_checkpoint_before(small_config, tmp_path):
-    given = flags(small_config, tmp_path, "--save-every=2", "--validate-every=0")
+    given = flags(small_config, tmp_path, "--save-every=2", SILENT)
     script = (f"import sys, os, signal; sys.path[:0] = [{str(HERE)!r}]; import train\n"
               "save = train.save_file\n"
               "def dying(tensors, path):\n"
@@ -1513,12 +1435,12 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(small_config, tmp_path)
 
 
 def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(small_config, tmp_path, train_refuses):
-    run(small_config, tmp_path, "--steps=2", "--validate-every=0")
+    run(small_config, tmp_path, "--steps=2", SILENT)
     limits = train.resource.getrlimit(train.resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         train.resource.setrlimit(train.resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file may be larger
-        message = train_refuses(tmp_path, "--resume", "--steps=4", "--save-every=3", "--validate-every=0")
+        message = train_refuses(tmp_path, "--resume", "--steps=4", "--save-every=3", SILENT)
     finally:
         train.resource.setrlimit(train.resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, old)
@@ -1528,7 +1450,7 @@ def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(small_config,
 
 
 def test_a_signal_saves_and_stops_and_only_the_newest_checkpoints_stay(small_config, tmp_path):
-    started = start(small_config, tmp_path, "--save-every=1", "--keep=2", "--validate-every=0")
+    started = start(small_config, tmp_path, "--save-every=1", "--keep=2", SILENT)
     clip = started.clip_gradients
 
     def interrupted():
@@ -1542,50 +1464,31 @@ def test_a_signal_saves_and_stops_and_only_the_newest_checkpoints_stay(small_con
     assert names == ["step_00000003", "step_00000004"] and not (tmp_path / "final.safetensors").exists()
 
 
-def test_the_next_steps_samples_are_read_during_this_one_and_their_errors_are_one_line(
-    small_config, manifest, tmp_path, train_refuses, monkeypatch
-):
-    read, threads = train.read_image, set()
-
-    def watched(path):
-        threads.add(threading.current_thread())
-        return read(path)
-
-    monkeypatch.setattr(train, "read_image", watched)
-    run(small_config, tmp_path / "a", manifest({}), "--steps=2", *ONE)
-    assert threads and threading.main_thread() not in threads
-    data = manifest({line: {"target": "gone.png"} for line in range(1, 101)})
-    assert "no sample of 'ti2i' can be read (line " in train_refuses(tmp_path / "b", data, *ONE)
-
-
-def test_a_damaged_checkpoint_is_one_clear_error(small_config, tmp_path, train_refuses):
-    run(small_config, tmp_path, "--steps=1", "--validate-every=0")
-    os.truncate(tmp_path / "checkpoints/step_00000001/0.safetensors", 1000)
-    told = train_refuses(tmp_path, "--resume", "--steps=2")
-    assert "cut short" in told and "step_00000001" in told
-    for forged in ("[]", "{}", '{"step": 1}'):
-        (tmp_path / "checkpoints/step_00000001/state.json").write_text(forged)
-        assert "state.json is not a checkpoint's" in train_refuses(tmp_path, "--resume", "--steps=2")
-
-
-def test_a_checkpoint_of_another_run_is_refused_by_the_name_of_the_field(
+def test_a_damaged_checkpoint_or_one_of_another_run_is_one_clear_error(
     small_config, tmp_path, train_refuses, capsys
 ):
-    run(small_config, tmp_path, "--steps=1", "--validate-every=0")
+    run(small_config, tmp_path, "--steps=1", SILENT)
     assert "holds a run" in train_refuses(tmp_path)
     assert "field 'stage' does not fit: it is 2 here, and 3" in train_refuses(tmp_path, "--resume", stage="2")
     message = train_refuses(tmp_path, "--resume", "--no-queries")
     assert "field 'num_queries' does not fit: it is 0 here, and 4" in message
-    capsys.readouterr()
     start(small_config, tmp_path, "--resume", "--lr=0.5")
     assert "going on with lr 0.5; until here it was 0.001" in capsys.readouterr().err
-    (tmp_path / "checkpoints" / "step_00000001" / "state.json").write_text('{"step": ')
-    assert "state.json is not JSON, or is cut short" in train_refuses(tmp_path, "--resume")
+    os.truncate(tmp_path / "checkpoints/step_00000001/0.safetensors", 1000)
+    told = train_refuses(tmp_path, "--resume", "--steps=2")
+    assert "cut short" in told and "step_00000001" in told
+    for forged, named in (
+        ("[]", "not a checkpoint's"),
+        ('{"step": 1}', "not a checkpoint's"),
+        ("{", "not JSON"),
+    ):
+        (tmp_path / "checkpoints/step_00000001/state.json").write_text(forged)
+        assert f"state.json is {named}" in train_refuses(tmp_path, "--resume", "--steps=2")
 
 
 @pytest.mark.parametrize("switch", ["--no-queries", "--no-boundary-tokens"])
 def test_the_ablations_train_and_their_export_knows_what_is_missing(switch, small_config, tmp_path, photo):
-    run(small_config, tmp_path, switch, "--steps=2", "--validate-every=0")
+    run(small_config, tmp_path, switch, "--steps=2", SILENT)
     model = Vino.load(tmp_path / "final.safetensors")
     own, [block] = model.config, model.mm_encoder(["x"], [model.encode(photo)]).references
     assert (own.num_queries, own.boundary_tokens) == ((0, True) if switch == "--no-queries" else (4, False))
@@ -1597,35 +1500,33 @@ def test_the_ablations_train_and_their_export_knows_what_is_missing(switch, smal
 def test_a_stage_says_what_it_starts_from_and_takes_the_export_of_the_one_before(
     small_config, tmp_path, capsys
 ):
-    assert train.default_weights("2", tmp_path / "stage2") == str(train.TINY)
+    args = train.parse_arguments(["--stage=2"])
+    assert train.choose_weights(args, tmp_path / "stage2", None) == str(train.TINY)
     export = tmp_path / "stage1" / "final.safetensors"
     export.parent.mkdir()
     export.touch()
-    assert train.default_weights("2", tmp_path / "stage2") == str(export)
-    start(small_config, tmp_path / "run")
-    assert "from random (--weights chooses others)" in capsys.readouterr().err
+    assert train.choose_weights(args, tmp_path / "stage2", None) == str(export)
     start(small_config, tmp_path / "run", "--steps=9", "--warmup=9", "--cooldown=9")
-    assert "stays below 0.001: --warmup and --cooldown are longer" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "from random (--weights chooses others)" in told
+    assert "stays below 0.001: --warmup and --cooldown are longer" in told
 
 
-def test_validation_is_the_same_each_time_and_its_picture_and_the_losses_are_drawn(six_steps):
+def test_validation_is_the_same_each_time_and_draws_references_target_and_output(six_steps):
     started, out = six_steps
     train.validate(started)
     first, second = [record for record in records(out) if "validation" in record][-2:]
     assert not list(out.glob("step_00000003.png"))  # every 500 steps, and at the end
     assert first == second and set(first["validation"]) == {"t2i", "ti2i", "ti2v", "tiv2v"}
     assert Image.open(out / "step_00000006.png").width > 96 * 9
-    with Image.open(out / "loss.png") as picture:
-        assert len(picture.getcolors(10**6)) > 4  # curves in colour, of six points
 
 
 def test_the_files_depend_on_each_other_as_the_readme_says():
     for module, forbidden in (("vino", "train|sample|toy"), ("sample", "train|toy"), ("train", "sample")):
         source = (HERE / f"{module}.py").read_text()
         assert not re.search(rf"^\s*(import|from) ({forbidden})\b", source, re.MULTILINE), module
-    assert not re.search(
-        r"^(import|from) toy\b", (HERE / "train.py").read_text(), re.MULTILINE
-    )  # only where used
+    top = re.compile(r"^(import|from) toy\b", re.MULTILINE)
+    assert not top.search((HERE / "train.py").read_text())  # only where it is used
 
 
 # ----------------------------------------------------------------------------------------------------------
