@@ -465,7 +465,8 @@ def show(text):
 
 def explain(text, references, size, tokenizer, config):
     """Figure 5 for this call: the packed sequence as a table."""
-    prompt = vino.build_prompt(tokenizer, text, references, config.vision.spatial_merge_size)
+    merge = config.vision.spatial_merge_size
+    prompt = vino.build_prompts(tokenizer, [text], references, merge)
     patch, patch_t = config.mmdit.patch_size, config.mmdit.patch_size_t
     rows, time = [("source", "tokens", "time", "in the VLM")], 0
 
@@ -487,7 +488,7 @@ def explain(text, references, size, tokenizer, config):
         if config.boundary_tokens:
             add(f"{name}, end token", end)
     add("target", "-", size)
-    length, queries = len(prompt.ids), config.num_queries
+    length, queries = prompt.ids.shape[1], config.num_queries
     rows.append(("prompt", length, "-", f"0-{length - 1}"))
     rows.append(("learnable queries", queries, "-", f"{length}-{length + queries - 1}" if queries else "-"))
     rows.append(("total", sum(row[1] for row in rows[1:]), "-", "-"))

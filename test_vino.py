@@ -1058,7 +1058,7 @@ def dropped(step, images, process=0):
     """What is left of two processes' samples: the prompt, the number of images, and of videos."""
     kinds = [False] * images + [True]
     references = [train.Reference(None, None, None, is_video=kind) for kind in kinds]
-    batch = train.Batch("tiv2v", ["long"], ["short"], references, None, keys=[(0, step, process)])
+    batch = train.Batch("tiv2v", ["long"], ["short"], references, None, key=(0, step, process))
     kept = train.drop_conditions(batch, 0, step, train.STAGES["2"])
     videos = sum(reference.is_video for reference in kept.references)
     return kept.prompts[0], len(kept.references) - videos, videos
@@ -1101,8 +1101,8 @@ def test_frames_and_images_adapt_so_that_a_local_batch_of_one_fits():
 
 
 def test_times_are_uniform_then_shifted():
-    keys = [(0, step, number) for step in range(1000) for number in range(4)]
-    u, noise = train.draw_noise(keys, (2,))
+    pairs = [train.draw_noise((0, step, 0), torch.zeros(4, 2)) for step in range(1000)]
+    u, noise = map(torch.cat, zip(*pairs))
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     t = vino.shift_time(u, 3.0)  # t = 3u / (1 + 2u), so P(t < x) = x / (3 - 2x)
     for x in (0.1, 0.3, 0.5, 0.7, 0.9):
@@ -1122,9 +1122,9 @@ def test_the_loss_is_the_flow_loss_of_the_posteriors_mean(small_config, tmp_path
     started = start(small_config, tmp_path, "--shift=5")
     world, model = started.source, started.vino
     batch = world.collate("t2i", [world.draw("t2i", 0, index) for index in range(3)], started.device)
-    batch.keys = [(0, 1, number) for number in range(3)]
+    batch.key = (0, 1, 0)
     data = model.vae.encode(batch.target)
-    u, noise = train.draw_noise(batch.keys, data.shape[1:])
+    u, noise = train.draw_noise(batch.key, data)
     t = 5 * u / (1 + 4 * u)
     mixed = (1 - t)[:, None, None, None, None] * data + t[:, None, None, None, None] * noise
     velocity = model.velocity(mixed, t, model.mm_encoder(batch.prompts, []))

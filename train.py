@@ -14,7 +14,7 @@
     9. The command line
 
 Each random choice has a generator of its own, seeded with what it is for (the run's seed, the step, the
-sample's number): a run that is resumed, or spread over more processes, sees the same samples and noise.
+local batch): a run that is resumed, or spread over more processes, sees the same samples and noise.
 """
 
 import argparse
@@ -102,6 +102,9 @@ class Stage:
     latent_frames: int = 30  # how many fit with a local batch of 1, references included (3.1)
     warmup: int = 0  # steps in which the learning rate rises from 0
     cooldown: int = 0  # steps at the end in which it falls to 0
+    encode_once: int = (
+        0  # toy world on a GPU: samples of a layout, whose frozen encodings are kept; 0: no end
+    )
 
 
 ALIGN = ["connectors", "learnable tokens"]
@@ -212,7 +215,8 @@ class Batch:
     references: list  # References of batch size B: images, then the video
     target: Tensor  # [B, 3, T, H, W] in [-1, 1]
     answers: list = field(default_factory=list)  # the target in words; the toy world has them
-    keys: list = field(default_factory=list)  # for each sample, what its noise and its dropout are drawn from
+    key: tuple = ()  # what its noise and its dropout are drawn from
+    latents: Tensor | None = None  # of the target, if known; the references are then EncodedReferences
 
 
 def chance(*key):
@@ -225,14 +229,13 @@ def drop_conditions(batch, seed, step, stage):
     (appendix B). The text of each sample has a choice of its own, the images and the video of each process's
     batch. With many images these share the step's choice: all processes have equally much to do."""
     images = sum(not reference.is_video for reference in batch.references)
-    key = (seed, step) if images > stage.sync_drop_images else batch.keys[0]
+    key = (seed, step) if images > stage.sync_drop_images else batch.key
     choice = chance(*key, "references")
     no_images = choice.random() < stage.drop
     no_video = choice.random() < stage.drop
     references = [r for r in batch.references if not (no_video if r.is_video else no_images)]
-    prompts = []
-    for key, long, short in zip(batch.keys, batch.prompts, batch.short_prompts):
-        choice = chance(*key, "text")
+    choice, prompts = chance(*batch.key, "text"), []
+    for long, short in zip(batch.prompts, batch.short_prompts):
         prompt = short if choice.random() < stage.short else long
         prompts.append("" if choice.random() < stage.drop else prompt)
     return replace(batch, prompts=prompts, references=references)
@@ -403,14 +406,11 @@ def read_target(path, frames, area, framed):
 # --- 4. The loss (appendix B) -------------------------------------------------------------------------------
 
 
-def draw_noise(keys, shape):
-    """Uniform times [B] and noise [B, *shape]: for each sample from a generator of its own."""
-    times, noises, generator = torch.empty(len(keys)), torch.empty(len(keys), *shape), torch.Generator()
-    for key, u, noise in zip(keys, times, noises):
-        generator.manual_seed(chance(*key, "noise").getrandbits(63))
-        u.uniform_(generator=generator)
-        noise.normal_(generator=generator)
-    return times, noises
+def draw_noise(key, data):
+    """Uniform times [B] and noise like the latents `data`: the same for the same key."""
+    generator = torch.Generator(data.device).manual_seed(chance(*key, "noise").getrandbits(63))
+    times = torch.rand(len(data), generator=generator, device=data.device)
+    return times, torch.randn(data.shape, generator=generator, device=data.device)
 
 
 class Objective(nn.Module):
@@ -423,19 +423,26 @@ class Objective(nn.Module):
 
     def forward(self, batch, picture=False):
         """The loss of each sample, [B]; or, to look at, what `picture` gives."""
-        with torch.autocast(batch.target.device.type, self.autocast) if self.autocast else nullcontext():
+        device = self.vino.mm_encoder.metaquery.device.type
+        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
             return self.picture(batch) if picture else self.loss(batch) + self.zero()
 
     def loss(self, batch):
         """Rectified flow on the target's tokens: [B]."""
-        with torch.no_grad():
-            data = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
-        u, noise = draw_noise(batch.keys, data.shape[1:])
+        data = self.latents(batch)
+        u, noise = draw_noise(batch.key, data)
         velocity = partial(self.vino.velocity, condition=self.condition(batch))
-        return flow_loss(velocity, data, noise.to(data.device), u.to(data.device), self.shift)
+        return flow_loss(velocity, data, noise, u, self.shift)
+
+    @torch.no_grad()
+    def latents(self, batch):
+        """The target's, [B, C, T, H, W]: the posterior's mean."""
+        return (self.vino.vae.encode(batch.target) if batch.latents is None else batch.latents).float()
 
     def condition(self, batch):
-        references = [self.vino.encode(reference) for reference in batch.references]
+        references = batch.references
+        if batch.latents is None:
+            references = [self.vino.encode(reference) for reference in references]
         # Reconstruction bypasses the VAE: the MMDiT has to find the image in what the VLM says.
         return self.vino.mm_encoder(batch.prompts, references, vae_branch=batch.task != "reconstruction")
 
@@ -451,8 +458,7 @@ class Objective(nn.Module):
     def picture(self, batch):
         """What the model makes of a batch, without guidance -> pixels [B, 3, T, H, W] and B texts."""
         velocity = partial(self.vino.velocity, condition=self.condition(batch))
-        shape = self.vino.vae.encode(batch.target).shape[1:]
-        noise = draw_noise(batch.keys, shape)[1].to(batch.target.device)
+        _, noise = draw_noise(batch.key, self.latents(batch))
         latents = sample(velocity, noise, PICTURE_STEPS, self.shift)
         return self.vino.vae.decode(latents).float(), batch.prompts
 
@@ -603,7 +609,7 @@ class Run:
         """Samples -> Batch, with its conditions dropped."""
         batch = self.source.collate(task, samples, self.device)
         first = (micro * WORLD + RANK) * len(samples)
-        batch.keys = [(self.args.seed, self.step, first + index) for index in range(len(samples))]
+        batch.key = (self.args.seed, self.step, first)
         return drop_conditions(batch, self.args.seed, self.step, self.stage)
 
     def clip_gradients(self):
@@ -816,7 +822,7 @@ def validate(run):
         parts = []
         for number in range(VALIDATION):
             batch = run.source.collate(task, [run.source.draw(task, -1 - number, -1 - number)], run.device)
-            batch.keys = [("validation", task, number)]
+            batch.key = ("validation", task, number)
             parts.append(run.objective(batch).item())
             if number == 0:
                 output, words = run.objective(batch, picture=True)
@@ -954,7 +960,7 @@ def prepare(args):
 
         if device.type == "cpu" and args.batch is None:
             stage.batch = min(stage.batch, 8)  # a step within seconds
-        source = ToyWorld(stage, vino.config, seed)
+        source = ToyWorld(stage, vino.config, seed, vino if device.type == "cuda" else None)
     run = Run(args, out, stage, source, Objective(vino, stage.shift), weights, device, dtype)
     start(run, found)
     return run
