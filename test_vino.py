@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import functools
 import gc
 import io
@@ -125,16 +126,18 @@ def golden_model(folder):
     return model.eval()
 
 
-def golden_references(golden, call, vision):
-    """The References of a golden call: its images, and a list of its video if there is one."""
-    area = math.prod(call["letterbox_area_hw"])
+def golden_run(path):
+    """A call of the release with its numbers, and the model, images and videos (one or none) that it had."""
+    call, golden = json.loads(path.with_suffix(".json").read_text()), load_file(f"{path}.safetensors")
+    model, videos = golden_model(path.parent), []
+    vision, area = model.config.vision, math.prod(call["letterbox_area_hw"])
     pictures = [golden[f"in.image_{k}"].numpy() for k in range(len(call.get("images", [])))]
     images = [Reference.image(Image.fromarray(picture), area, vision) for picture in pictures]
-    if "in.video" not in golden:
-        return images, []
-    frames = golden["in.video"].numpy()
-    first = frames[: (min(call["out"][0], len(frames)) - 1) // 4 * 4 + 1]
-    return images, [Reference.video(first, frames[vino.spread_frames(len(frames), 8)], vision)]
+    if "in.video" in golden:
+        frames = golden["in.video"].numpy()
+        first = frames[: (min(call["out"][0], len(frames)) - 1) // 4 * 4 + 1]
+        videos = [Reference.video(first, frames[vino.spread_frames(len(frames), 8)], vision)]
+    return call, golden, model, images, videos
 
 
 def compare(golden, name, ours, most=1e-4):
@@ -152,6 +155,7 @@ def compare_conditions(golden, model, call, encoded, negative, guidance):
     encoder, prompts = model.mm_encoder, [call["prompt"]]
     prompt = build_prompt(encoder.tokenizer, call["prompt"], encoded, encoder.merge)
     assert prompt.ids == golden["cond.input_ids"][0].tolist()
+    assert (prompt.starts, prompt.ends) == (call["cond.pos_vs"][0], call["cond.pos_ve"][0][: len(encoded)])
     hidden = encoder.hidden_states(prompts, encoded)[0]
     compare(golden, "cond.penultimate", hidden)
     compare(golden, "cond.embeds_vae", encoder.connector_vae_branch(hidden))
@@ -168,9 +172,7 @@ def compare_conditions(golden, model, call, encoded, negative, guidance):
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 @torch.no_grad()
 def test_every_stage_equals_the_public_release(path):
-    call, golden = json.loads(path.with_suffix(".json").read_text()), load_file(f"{path}.safetensors")
-    model = golden_model(path.parent)
-    images, videos = golden_references(golden, call, model.config.vision)
+    call, golden, model, images, videos = golden_run(path)
     for references, name in ((images, "pixel_values"), (videos, "pixel_values_videos")):
         if references:
             patches = torch.cat([reference.patches[0] for reference in references])
@@ -191,6 +193,17 @@ def test_every_stage_equals_the_public_release(path):
         pixels = model.generate([call["prompt"]], images, *videos, **settings)
     compare(golden, "latents", decode.call_args.args[0])
     compare(golden, "pixels", pixels)
+
+
+@torch.no_grad()
+def test_the_mmdit_in_bfloat16_errs_no_more_than_the_release():
+    errors = []
+    for call, golden, model, images, videos in map(golden_run, CASES):
+        encoded = [model.encode(reference) for reference in images + videos]
+        half = copy.deepcopy(model.transformer).bfloat16()
+        velocity = half(golden["noise"], golden["timesteps"][:1], model.mm_encoder([call["prompt"]], encoded))
+        errors.append(relative_error(velocity.float(), golden["velocity.cond"]))
+    assert np.mean(errors) < 1.1 * 0.0106  # 1.06%: the release's own error
 
 
 @pytest.mark.parametrize("folder", [f for f in GOLDEN if (f / "sizes.json").exists()], ids=str)
@@ -476,6 +489,17 @@ def test_public_file_layouts_and_our_own_load_to_the_same_picture(tiny, tmp_path
         assert torch.equal(model.generate(**settings), tiny.generate(**settings))
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell of its memory")
+def test_a_checkpoint_is_read_tensor_by_tensor_and_never_copied_whole(tmp_path):
+    def copied():  # MiB of memory that no file backs
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+    torch.save({f"{k}": torch.ones(2**24) for k in range(3)}, tmp_path / "a.ckpt")  # 64 MiB each
+    before = copied()
+    tensors = vino.read_checkpoint(tmp_path / "a.ckpt")
+    assert all(tensor.sum() == 2**24 for tensor in tensors.values()) and copied() - before < 50
+
+
 def refusal(weights, config=None):
     """The line with which weights are refused."""
     with pytest.raises(InputError) as error:
@@ -517,11 +541,12 @@ def test_config_errors_name_the_field():
 
 def test_the_vae_gets_a_clips_first_frames_and_the_vlm_eight_spread_over_all(tmp_path):
     assert vino.spread_frames(100, 8) == [0, 14, 28, 42, 57, 71, 85, 99]
-    frames = np.arange(0, 240, 12, np.uint8)[:, None, None, None] + np.zeros((1, 64, 64, 3), np.uint8)
+    frames = np.arange(0, 240, 12, np.uint8)[:, None, None, None] + np.zeros((1, 96, 128, 3), np.uint8)
     film(tmp_path / "clip.mkv", frames)
     assert np.array_equal(np.stack([*vino.read_frames(tmp_path / "clip.mkv")]), frames)
-    reference = vino.read_video(tmp_path / "clip.mkv", 10, 32 * 32, tiny_config().vision)
-    assert reference.pixels.shape == (1, 3, 9, 32, 32) and reference.grid[0] == 4
+    reference = vino.read_video(tmp_path / "clip.mkv", 10, 64 * 64, tiny_config().vision)
+    assert reference.pixels.shape == (1, 3, 9, 48, 64)
+    assert reference.grid == (4, 6, 8)  # of 8 x 8 pixels: the tiny VLM knows 64 x 64
     levels = ((reference.patches + 1) * 127.5).round().unique().tolist()
     assert levels == [12 * frame for frame in (0, 3, 5, 8, 11, 14, 16, 19)]
 
