@@ -1467,7 +1467,7 @@ def test_notices_name_all_strange_words_and_every_reference_that_nobody_gave(med
 
 def test_memory_that_runs_out_and_an_interrupt_are_one_line_and_leave_nothing(media, capsys):
     full, before = torch.OutOfMemoryError("CUDA out of memory."), files()
-    too_large = "error: too large for the memory of cpu: 1 frame"
+    too_large = "error: too large for the GPU's memory: try --offload"
     for error, status, line in ((full, 2, too_large), (KeyboardInterrupt, 130, "stopped")):
         with patch.object(Vino, "generate", side_effect=error):
             assert sample_py("--prompt", "x") == status and files() == before
