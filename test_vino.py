@@ -1172,7 +1172,6 @@ def test_the_files_depend_on_each_other_as_the_readme_says():
     assert not top.search((HERE / "train.py").read_text())  # only where it is used
 
 
-# ----------------------------------------------------------------------------------------------------------
 # --- sample.py: the command line ----------------------------------------------------------------------------
 
 
