@@ -3,9 +3,9 @@
     python train.py --stage 3                                     tiny model, toy world, this machine
     torchrun --nproc-per-node 8 train.py --stage 3 --weights FOLDER --data samples.jsonl
 
-    1. Table 1            hyperparameters of the three stages
-    2. Tasks              figure 6, appendix B: what is learned when, condition dropout
-    3. Samples            3.1: what fits into a local batch of 1; samples from files
+    1. Tasks              figure 6, appendix B: what is learned when
+    2. Table 1            hyperparameters of the three stages
+    3. Samples            3.1, appendix B: condition dropout; a local batch of 1; files
     4. The loss           appendix B
     5. Memory, many GPUs  3.1: gradient checkpointing, ZeRO-2, averaged weights
     6. The loop
@@ -28,7 +28,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -54,7 +53,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tqdm import tqdm
 
 from vino import (
-    InputError, MMDiT, Reference, Vino, agree, compiled, crop16, flow_loss, letterbox, normalize,
+    InputError, MMDiT, Reference, Vino, agree, compiled, crop16, existing, flow_loss, letterbox, normalize,
     open_safetensors, override, read_config, read_frames, read_image, read_json, read_video, sample,
     to_frames,
 )  # fmt: skip
@@ -75,102 +74,7 @@ def one_line(error):
     return " ".join(str(error).split())[-200:]
 
 
-# --- 1. Table 1 ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Stage:
-    """A column of table 1, and below it what the paper does not number. A config's "training" section and the
-    command line can change any of it."""
-
-    lr: float  # constant, but for `warmup` and `cooldown`
-    betas: list
-    steps: int
-    ema: float  # decay; 0 is none
-    area: int  # height * width of a frame
-    shift: float  # of the timesteps
-    trainable: list  # keys of MODULES
-    weight_decay: float = 0.01
-    clip: float = 1.0  # the gradient's norm; 0 is none
-    drop: float = 0.1  # probability to drop the text, the images, the video: each on its own (appendix B)
-    batch: int = 1  # samples per process: "a local batch size of 1" (3.1)
-    checkpointing: bool = True  # of the MMDiT's blocks (3.1)
-    # The paper has what follows, too, but no numbers: these are ours.
-    mixture: dict = field(default_factory=dict)  # task: share; MIXTURES has the defaults
-    short: float = 0.5  # share of prompts in their short form (2.3)
-    sync_drop_images: int = 2  # with more images than this all processes drop alike (appendix B)
-    latent_frames: int = 30  # how many fit with a local batch of 1, references included (3.1)
-    warmup: int = 0  # steps in which the learning rate rises from 0
-    cooldown: int = 0  # steps at the end in which it falls to 0
-    encode_once: int = (
-        0  # toy world on a GPU: samples of a layout, whose frozen encodings are kept; 0: no end
-    )
-
-
-ALIGN = ["connectors", "learnable tokens"]
-ALL = [*ALIGN, "MMDiT"]
-STAGES = {
-    "1": Stage(1e-4, [0.9, 0.99], 20_000, ema=0.0, area=320**2, shift=3.0, trainable=ALIGN, short=0.0),
-    "2": Stage(4e-5, [0.9, 0.95], 4_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
-    "3": Stage(2e-5, [0.9, 0.95], 16_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
-}
-MODULES = {  # how the names of their parameters begin
-    "connectors": "mm_encoder.connector", "learnable tokens": "mm_encoder.metaquery", "MMDiT": "transformer.",
-}  # fmt: skip
-LIMITS = {  # least and most of a field, where these are not 0 and infinity
-    "steps": (1, math.inf), "batch": (1, math.inf), "latent_frames": (5, math.inf), "area": (256, math.inf),
-    "shift": (0.01, math.inf), "short": (0, 1), "drop": (0, 1), "ema": (0, 1),
-}  # fmt: skip
-
-
-def make_stage(number, config, arguments):
-    """Table 1's column, changed by the config's "training" section, then by the command line's arguments."""
-    check_known("config field", [f"training.{n}" for n in config.training], [f"training.{n}" for n in STAGES])
-    stage = replace(STAGES[number], mixture=MIXTURES[number])
-    override(stage, config.training.get(number, {}), f"training.{number}.")
-    check_known("task", stage.mixture, TASKS)
-    check_known("module", stage.trainable, MODULES)
-    if arguments.get("tasks"):
-        check_known(f"task of stage {number}", arguments["tasks"], stage.mixture)
-        stage.mixture = {task: stage.mixture[task] for task in arguments["tasks"]}
-    return adjust(stage, arguments)
-
-
-def adjust(stage, arguments):
-    """The stage with the command line's changes. An InputError names the first field that makes no sense."""
-    given = {f.name: arguments[f.name] for f in fields(Stage) if arguments.get(f.name) is not None}
-    planned = stage.steps
-    override(stage, given, "--")
-    shares = [*stage.mixture.values()]
-    if not all(type(share) in (int, float) and share >= 0 for share in shares) or not sum(shares):
-        raise InputError("field 'mixture' should be shares, none below 0 and not all of them 0")
-    if len(stage.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in stage.betas):
-        raise InputError("field 'betas' should be two numbers from 0 to below 1")
-    for f in fields(Stage):
-        least, most = LIMITS.get(f.name, (0, math.inf))
-        if f.type in (int, float) and not least <= getattr(stage, f.name) <= most:  # nan is not
-            raise InputError(f"field '{f.name}' should be at least {least} and at most {most}")
-    if stage.steps < planned:  # a shorter run warms up, cools down and averages over fewer steps
-        stage.warmup = given.get("warmup", min(stage.warmup, stage.steps // 10))
-        stage.cooldown = given.get("cooldown", min(stage.cooldown, stage.steps // 4))
-        if stage.ema and "ema" not in given:
-            stage.ema = max(0.5, 1 - (1 - stage.ema) * planned / stage.steps)
-    return stage
-
-
-def check_known(what, names, known):
-    for name in names:
-        if name not in [*known]:  # a list: what stands in a JSON file need not be hashable
-            raise InputError(f"unknown {what} '{name}'; known: {', '.join(known)}")
-
-
-def learning_rate(stage, step):
-    """Table 1's constant rate, with our rise at the beginning and fall at the end."""
-    left = stage.steps - step + 1
-    return stage.lr * min(1, step / max(1, stage.warmup), left / max(1, stage.cooldown))
-
-
-# --- 2. Tasks, how often each stage draws them, and condition dropout (figure 6, appendix B) ----------------
+# --- 1. Tasks, and how often each stage draws them (figure 6, appendix B) -----------------------------------
 
 
 @dataclass
@@ -203,6 +107,92 @@ MIXTURES = {  # figure 6 shows the paper's shares as a drawing only; stage 1's t
     "3": {"t2i": 0.05, "t2v": 0.05, "i2v": 0.1, "motion": 0.05, "ti2i": 0.2, "ti2i_ref": 0.15, "ti2v": 0.15,
           "tv2v": 0.15, "tiv2v": 0.1},
 }  # fmt: skip
+
+
+# --- 2. Table 1 ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """A column of table 1, and below it what the paper does not number. A config's "training" section and the
+    command line can change any of it."""
+
+    lr: float  # constant, but for `warmup` and `cooldown`
+    beta1: float  # of AdamW
+    beta2: float
+    steps: int
+    ema: float  # decay; 0 is none
+    area: int  # height * width of a frame
+    shift: float  # of the timesteps
+    trainable: list  # how the names of the parameters begin
+    mixture: dict  # task: share
+    weight_decay: float = 0.01
+    clip: float = 1.0  # the gradient's norm; 0 is none
+    drop: float = 0.1  # probability to drop the text, the images, the video: each on its own (appendix B)
+    batch: int = 1  # samples per process: "a local batch size of 1" (3.1)
+    checkpointing: bool = True  # of the MMDiT's blocks (3.1)
+    # The paper has what follows, too, but no numbers: these are ours.
+    short: float = 0.5  # share of prompts in their short form (2.3)
+    sync_drop_images: int = 2  # with more images than this all processes drop alike (appendix B)
+    latent_frames: int = 30  # how many fit with a local batch of 1, references included (3.1)
+    warmup: int = 0  # steps in which the learning rate rises from 0
+    cooldown: int = 0  # steps at the end in which it falls to 0
+    encode_once: int = 0  # toy world on a GPU: distinct samples of a layout, encoded once each; 0: no end
+
+
+ALIGN = ["mm_encoder.connector", "mm_encoder.metaquery"]  # connectors and learnable tokens
+ALL = [*ALIGN, "transformer."]  # and the MMDiT
+STAGES = {
+    "1": Stage(1e-4, 0.9, 0.99, 20_000, 0.0, 320**2, 3.0, ALIGN, MIXTURES["1"], short=0.0),
+    "2": Stage(4e-5, 0.9, 0.95, 4_000, 0.9999, 640**2, 5.0, ALL, MIXTURES["2"]),
+    "3": Stage(2e-5, 0.9, 0.95, 16_000, 0.9999, 640**2, 5.0, ALL, MIXTURES["3"]),
+}
+LIMITS = {  # least and most of a field, where these are not 0 and infinity
+    "steps": (1, math.inf), "batch": (1, math.inf), "latent_frames": (5, math.inf), "area": (256, math.inf),
+    "shift": (0.01, math.inf), "short": (0, 1), "drop": (0, 1), "ema": (0, 1), "beta1": (0, 0.9999),
+    "beta2": (0, 0.9999),
+}  # fmt: skip
+
+
+def make_stage(number, config, arguments, stages=STAGES):
+    """A column of table 1, changed by the config's "training" section, then by the command line's arguments.
+    An InputError names the first field that makes no sense."""
+    check_known("config field", [f"training.{n}" for n in config.training], [f"training.{n}" for n in STAGES])
+    stage, changes = replace(stages[number]), config.training.get(number, {})
+    override(stage, changes, f"training.{number}.")
+    check_known("task", changes.get("mixture", ()), TASKS)
+    steps = arguments.get("steps") or stage.steps
+    if steps < stage.steps:  # a shorter run warms up, cools down and averages over fewer steps
+        stage.warmup = min(stage.warmup, steps // 10)
+        stage.cooldown = min(stage.cooldown, steps // 4)
+        stage.ema = stage.ema and max(0.5, 1 - (1 - stage.ema) * stage.steps / steps)
+    for f in fields(Stage):
+        if arguments.get(f.name) is not None:
+            setattr(stage, f.name, arguments[f.name])
+    if arguments.get("tasks"):
+        check_known(f"task of stage {number}", arguments["tasks"], stage.mixture)
+        stage.mixture = {task: stage.mixture[task] for task in arguments["tasks"]}
+    numbers = {f.name: getattr(stage, f.name) for f in fields(Stage) if f.type in (int, float)}
+    for name, value in (numbers | stage.mixture).items():
+        least, most = LIMITS.get(name, (0, math.inf))
+        if type(value) not in (int, float) or not least <= value <= most:  # nan is not
+            raise InputError(f"field '{name}' should be at least {least} and at most {most}")
+    return stage
+
+
+def check_known(what, names, known):
+    for name in names:
+        if name not in [*known]:  # a list: what stands in a JSON file need not be hashable
+            raise InputError(f"unknown {what} '{name}'; known: {', '.join(known)}")
+
+
+def learning_rate(stage, step):
+    """Table 1's constant rate, with our rise at the beginning and fall at the end."""
+    left = stage.steps - step + 1
+    return stage.lr * min(1, step / max(1, stage.warmup), left / max(1, stage.cooldown))
+
+
+# --- 3. Samples: condition dropout (appendix B); what fits into a local batch of 1 (3.1); files -------------
 
 
 @dataclass
@@ -241,12 +231,6 @@ def drop_conditions(batch, seed, step, stage):
     return replace(batch, prompts=prompts, references=references)
 
 
-# --- 3. Samples (3.1): what fits into a local batch of 1; samples from files --------------------------------
-
-UNREADABLE = (OSError, ValueError)  # what Pillow and vino raise at a bad file
-VALIDATION, PICTURE_STEPS = 4, 20  # fixed samples of each task, and the sampler's steps for their picture
-
-
 class Source:
     """What the toy world and a manifest share. `draw(task, position, index)` makes sample `index` of a task's
     endless stream for the step that begins at sample `position`; negative indices are for validation.
@@ -255,6 +239,8 @@ class Source:
     def __init__(self, stage, config, seed):
         self.stage, self.config, self.seed = stage, config, seed
         self.tasks = [task for task, share in stage.mixture.items() if share]
+        if not self.tasks:
+            raise InputError("field 'mixture' has no share above 0")
 
     def images_that_fit(self, video):
         """Reference images that leave room for the shortest clip, of 2 latent frames."""
@@ -278,7 +264,7 @@ class Entry:
     short_prompt: str = ""  # by default the prompt
     images: list = field(default_factory=list)
     video: str = ""
-    line = 0  # its number; not a field
+    line: int = 0  # its number
 
 
 class Manifest(Source):
@@ -289,42 +275,32 @@ class Manifest(Source):
         super().__init__(stage, config, seed)
         if stage.batch != 1:
             raise InputError(f"--data takes --batch 1, and {stage.batch} is given: use --accumulate")
-        self.path = Path(path)
+        self.path = existing(path)
         self.broken = set()  # lines
-        entries = self.read_entries()
+        entries = []
+        for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
+            try:
+                if line.strip():
+                    entries.append(self.read_entry(number, line))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: {one_line(error)}") from error
         self.count = len(entries)
-        self.held, self.entries = {}, {}  # of each task: for validation, for training
-        self.tasks = [task for task in self.tasks if any(entry.task == task for entry in entries)]
-        for task in self.tasks:
-            own = [entry for entry in entries if entry.task == task]
-            held = min(VALIDATION, math.ceil(len(own) / 100), len(own) - 1)
-            self.held[task] = own[:held] or own
-            self.entries[task] = own[held:]
+        self.all = {task: [e for e in entries if e.task == task] for task in self.tasks}
+        self.tasks = [task for task in self.tasks if self.all[task]]
         if not self.tasks:
             raise InputError(f"{path} has no sample of this stage's tasks ({', '.join(stage.mixture)})")
+        self.training = {}  # but for each task's first ones, held out for validation
+        for task in self.tasks:
+            count = len(self.all[task])
+            self.training[task] = self.all[task][min(VALIDATION, math.ceil(count / 100), count - 1) :]
 
-    def read_entries(self):
-        """The lines of the manifest as Entries. An InputError names the first wrong one."""
-        try:
-            lines = self.path.read_text("utf-8").split("\n")  # splitlines() also cuts inside JSON's strings
-        except UNREADABLE as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
-        entries = []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    entries.append(self.read_entry(line))
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{self.path}, line {number}: {one_line(error)}") from error
-                entries[-1].line = number
-        return entries
-
-    def read_entry(self, line):
+    def read_entry(self, number, line):
         """A manifest's line as an Entry, if it has what its task needs."""
         given = json.loads(line)
         json.dumps(given, ensure_ascii=False).encode()  # fails where a string ends in half a character
         entry = Entry()
         override(entry, given, "")
+        entry.line = number
         for name in ("task", "prompt", "target"):
             if name not in given:
                 raise InputError(f"'{name}' is missing")
@@ -341,35 +317,32 @@ class Manifest(Source):
             raise InputError(f"'{entry.task}' {'needs a' if task.video else 'takes no'} video")
         return entry
 
+    @lru_cache(maxsize=32)  # an epoch's order serves all its draws
+    def shuffled(self, task, epoch):
+        own = self.training[task]
+        return chance(self.seed, task, "epoch", epoch).sample(own, len(own))
+
     def draw(self, task, position, index):
-        """A Batch of one. The next sample stands in for one that cannot be read."""
+        """A Batch of one. The next sample stands in for one that cannot be read, which is reported once. More
+        than 1% of them end the run."""
         if index < 0:
-            place = -1 - index
-            order = [*self.held[task], *self.entries[task]]
+            order, place = self.all[task], -1 - index
         else:
-            epoch, place = divmod(index, len(self.entries[task]))
+            epoch, place = divmod(index, len(self.training[task]))
             order = self.shuffled(task, epoch)
         for offset in range(len(order)):
             entry = order[(place + offset) % len(order)]
             try:
                 return self.load(entry)
-            except UNREADABLE as error:
-                self.report(entry.line, one_line(error))
+            except (OSError, ValueError) as error:  # what Pillow and vino raise at a bad file
+                problem = f"{self.path}, line {entry.line}: skipped: {one_line(error)}"
+            if entry.line not in self.broken:
+                tqdm.write(problem, file=sys.stderr)
+                self.broken.add(entry.line)
+            if len(self.broken) > self.count / 100:
+                share = f"{len(self.broken)} of {self.count} samples cannot be read, more than 1%"
+                raise InputError(f"{problem}; {share}")
         raise InputError(f"{self.path}: no sample of '{task}' can be read")
-
-    @lru_cache(maxsize=32)  # an epoch's order serves all its draws
-    def shuffled(self, task, epoch):
-        own = self.entries[task]
-        return chance(self.seed, task, "epoch", epoch).sample(own, len(own))
-
-    def report(self, line, problem):
-        """Report an unreadable sample, once. More than 1% of them end the run."""
-        if line not in self.broken:
-            tqdm.write(f"{self.path}, line {line}: skipped: {problem}", file=sys.stderr)
-        self.broken.add(line)
-        if len(self.broken) > self.count / 100:
-            share = f"{len(self.broken)} of {self.count} samples cannot be read, more than 1%"
-            raise InputError(f"{self.path}: {share}; the last is line {line}: {problem}")
 
     def load(self, entry):
         """Decode a line -> Batch of one, at the stage's area and its own aspect ratio, with 4k + 1 frames."""
@@ -397,10 +370,10 @@ def read_target(path, frames, area, framed):
     clip = list(islice(read_frames(path, None if framed else area), frames))
     if len(clip) < 5:
         raise InputError(f"{path} has {len(clip)} frame(s), and the VAE needs at least 5")
-    clip = np.stack(clip[: (len(clip) - 1) // 4 * 4 + 1])
+    clip = clip[: (len(clip) - 1) // 4 * 4 + 1]
     if framed:
-        return normalize(to_frames([letterbox(Image.fromarray(frame), area) for frame in clip]))
-    return normalize(to_frames(crop16(clip)))
+        clip = [letterbox(Image.fromarray(frame), area) for frame in clip]
+    return normalize(to_frames(crop16(np.stack(clip))))
 
 
 # --- 4. The loss (appendix B) -------------------------------------------------------------------------------
@@ -416,6 +389,8 @@ def draw_noise(key, data):
 class Objective(nn.Module):
     """From a batch to its losses. DDP or FSDP wraps this module: only inside it are sharded weights whole."""
 
+    sometimes_used = "mm_encoder.connector_vae_branch"  # takes part only where there are references
+
     def __init__(self, vino, shift):
         super().__init__()
         self.vino, self.shift = vino, shift
@@ -424,8 +399,13 @@ class Objective(nn.Module):
     def forward(self, batch, picture=False):
         """The loss of each sample, [B]; or, to look at, what `picture` gives."""
         device = self.vino.mm_encoder.metaquery.device.type
-        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
-            return self.picture(batch) if picture else self.loss(batch) + self.zero()
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            if picture:
+                return self.picture(batch)
+            # Gradients of zero: AdamW treats all parameters alike in every step, and a process that has
+            # dropped its references reduces the same gradients as others.
+            idle = [p for p in self.vino.get_submodule(self.sometimes_used).parameters() if p.requires_grad]
+            return self.loss(batch) + 0 * sum(p.sum() for p in idle)
 
     def loss(self, batch):
         """Rectified flow on the target's tokens: [B]."""
@@ -445,15 +425,6 @@ class Objective(nn.Module):
             references = [self.vino.encode(reference) for reference in references]
         # Reconstruction bypasses the VAE: the MMDiT has to find the image in what the VLM says.
         return self.vino.mm_encoder(batch.prompts, references, vae_branch=batch.task != "reconstruction")
-
-    def sometimes_used(self):
-        """The module that takes part in the loss only where there are references."""
-        return self.vino.mm_encoder.connector_vae_branch
-
-    def zero(self):
-        """Nothing, but with a gradient of zero for `sometimes_used`: AdamW then treats all parameters alike
-        in every step, and a process that has dropped its references reduces the same gradients as others."""
-        return 0 * sum(p.sum() for p in self.sometimes_used().parameters() if p.requires_grad)
 
     def picture(self, batch):
         """What the model makes of a batch, without guidance -> pixels [B, 3, T, H, W] and B texts."""
@@ -583,7 +554,12 @@ class Run:
         choose_parameters(objective, stage)
         self.model = distribute(objective, args.shard, dtype)
         self.parameters = {name: p for name, p in named_parameters(objective) if p.requires_grad}
-        rule = {"lr": stage.lr, "betas": stage.betas, "weight_decay": stage.weight_decay, "fused": True}
+        rule = {
+            "lr": stage.lr,
+            "betas": (stage.beta1, stage.beta2),
+            "weight_decay": stage.weight_decay,
+            "fused": True,
+        }
         self.optimizer = torch.optim.AdamW(self.parameters.values(), **rule)
         for p in self.parameters.values():  # from the start, so that a checkpoint can be read into it
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
@@ -643,10 +619,9 @@ def named_parameters(objective):
 
 def choose_parameters(objective, stage):
     """Table 1's last row. What the model has and never uses stays as it is."""
-    prefixes = tuple(MODULES.get(name, f"{name}.") for name in stage.trainable)
     for name, p in named_parameters(objective):
         unused = name.startswith("transformer." + MMDiT.UNUSED) or p.numel() == 0
-        p.requires_grad_(name.startswith(prefixes) and not unused)
+        p.requires_grad_(not unused and any(name.startswith(str(prefix)) for prefix in stage.trainable))
     if not any(p.requires_grad for p in objective.parameters()):
         raise InputError(f"field 'trainable': there is nothing to train in {stage.trainable}")
 
@@ -813,6 +788,8 @@ def export(run):
 
 # --- 8. Validation: losses and a picture --------------------------------------------------------------------
 
+VALIDATION, PICTURE_STEPS = 4, 20  # fixed samples of each task, and the sampler's steps for their picture
+
 
 @torch.no_grad()
 def validate(run):
@@ -922,7 +899,6 @@ def parse_arguments(arguments):
     for f in fields(Stage):
         if f.type in (int, float):
             table.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X")
-    table.add_argument("--betas", type=float, nargs=2, metavar="X")
     table.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
     return parser.parse_args(arguments)
 
