@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -41,7 +40,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -487,15 +487,6 @@ def local(tensor):
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def with_share(tensor, share):
-    """A tensor like `tensor`, of which this process has `share`."""
-    share = share.to(tensor.device)
-    if not isinstance(tensor, DTensor):
-        return share
-    layout = {"shape": tensor.shape, "stride": tensor.stride()}
-    return DTensor.from_local(share, tensor.device_mesh, tensor.placements, **layout)
-
-
 def whole(tensor):
     """The tensor of which each process has a share. All processes take part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -527,10 +518,8 @@ class Averages:
         if step % self.every == 0:
             for name, average in self.tensors.items():
                 parameter = local(self.parameters[name])
-                visitor = average.to(parameter.device, non_blocking=True)  # itself, if it is there already
-                visitor.lerp_(parameter, 1 - self.decay**self.every)
-                if visitor is not average:
-                    average.copy_(visitor)
+                nearby = average.to(parameter.device, non_blocking=True)  # itself, if it is there already
+                average.copy_(nearby.lerp_(parameter, 1 - self.decay**self.every))
 
 
 # --- 6. The loop --------------------------------------------------------------------------------------------
@@ -551,15 +540,12 @@ class Run:
                 block.forward = MethodType(checkpointed, block)
             if args.compile:
                 block.forward = compiled(block.forward)
-        choose_parameters(objective, stage)
+        choose_parameters(objective, stage.trainable)
         self.model = distribute(objective, args.shard, dtype)
-        self.parameters = {name: p for name, p in named_parameters(objective) if p.requires_grad}
-        rule = {
-            "lr": stage.lr,
-            "betas": (stage.beta1, stage.beta2),
-            "weight_decay": stage.weight_decay,
-            "fused": True,
-        }
+        named = [(name.removeprefix("vino."), p) for name, p in objective.named_parameters()]
+        self.parameters = {name: p for name, p in named if p.requires_grad}
+        betas = (stage.beta1, stage.beta2)
+        rule = {"lr": stage.lr, "betas": betas, "weight_decay": stage.weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), **rule)
         for p in self.parameters.values():  # from the start, so that a checkpoint can be read into it
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
@@ -612,18 +598,17 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
 
-def named_parameters(objective):
-    """Parameters under the names that they have in Vino."""
-    return [(name.removeprefix("vino."), p) for name, p in objective.named_parameters()]
-
-
-def choose_parameters(objective, stage):
+def choose_parameters(objective, prefixes):
     """Table 1's last row. What the model has and never uses stays as it is."""
-    for name, p in named_parameters(objective):
-        unused = name.startswith("transformer." + MMDiT.UNUSED) or p.numel() == 0
-        p.requires_grad_(not unused and any(name.startswith(str(prefix)) for prefix in stage.trainable))
-    if not any(p.requires_grad for p in objective.parameters()):
-        raise InputError(f"field 'trainable': there is nothing to train in {stage.trainable}")
+    parameters = {name.removeprefix("vino."): p for name, p in objective.named_parameters()}
+    objective.requires_grad_(False)
+    for prefix in prefixes:
+        chosen = [name for name in parameters if name.startswith(str(prefix))]
+        if not chosen:
+            raise InputError(f"field 'trainable': there is no parameter '{prefix}...'")
+        for name in chosen:
+            unused = name.startswith("transformer." + MMDiT.UNUSED) or parameters[name].numel() == 0
+            parameters[name].requires_grad_(not unused)
 
 
 def train(run):
@@ -647,20 +632,20 @@ def train(run):
             loss, signals = sums(float(loss) / WORLD, run.signal)
 
             finite = math.isfinite(loss) and math.isfinite(norm)
+            run.failed = 0 if finite else run.failed + 1
             lr = learning_rate(stage, run.step)
             if finite:
-                for group in run.optimizer.param_groups:
-                    group["lr"] = lr
+                run.optimizer.param_groups[0]["lr"] = lr
                 run.optimizer.step()
                 run.averages.update(run.step)
             run.optimizer.zero_grad()
-            run.failed = 0 if finite else run.failed + 1
 
+            seconds = time.perf_counter() - begin
             record = {"step": run.step, "task": task, "skipped": not finite, "lr": lr}
             record |= {"loss": loss if finite else None, "grad_norm": norm if finite else None}
-            record |= {"samples": run.step_size, "seconds": time.perf_counter() - begin}
-            run.log(record | {"peak_mib": peak_memory(run.device)})
-            speed = f"{run.step_size / record['seconds']:.1f} samples/s"
+            record |= {"samples": run.step_size, "seconds": seconds}
+            run.log(record | {"peak_mib": torch.cuda.max_memory_allocated() >> 20})  # 0 on a CPU
+            speed = f"{run.step_size / seconds:.1f} samples/s"
             bar.set_postfix_str(f"{task} loss {loss:.4f}, |g| {norm:.2f}, {speed}")
             bar.update()
 
@@ -680,13 +665,6 @@ def train(run):
     return 0
 
 
-def peak_memory(device):
-    """MiB so far at the most: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-
-
 # --- 7. Checkpoints and the export --------------------------------------------------------------------------
 
 
@@ -694,8 +672,7 @@ def identity(run):
     """What a checkpoint has in common with the run that continues it."""
     own = {"stage": run.args.stage, "seed": run.args.seed, "data": run.args.data}
     own |= {"trainable": run.stage.trainable, "has_ema": run.stage.ema > 0}
-    config = asdict(run.vino.config)
-    return own | {name: part for name, part in config.items() if name not in ("sampling", "training")}
+    return asdict(run.vino.config) | {"sampling": {}, "training": {}} | own
 
 
 def save(run):
@@ -706,9 +683,6 @@ def save(run):
     state = {"step": run.step, "drawn": run.drawn, "weights": run.weights, "shares": run.shares}
     state |= {"identity": identity(run), "stage": asdict(run.stage)}
     problem = ""
-    if RANK == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    sums(0)  # all processes wait here for the first
     try:
         partial.mkdir(parents=True, exist_ok=True)
         if RANK < run.shares:
@@ -729,18 +703,8 @@ def save(run):
             shutil.rmtree(old)
 
 
-def read_state(path):
-    """All of a checkpoint but its tensors."""
-    saved = read_json(path / "state.json")
-    fields = {"step", "drawn", "weights", "shares", "identity", "stage"}
-    if not isinstance(saved, dict) or not fields <= saved.keys():
-        raise InputError(f"{path / 'state.json'} is not a checkpoint's; remove {path.name}")
-    return saved
-
-
-def restore(run, path):
-    """Continue from a checkpoint, written by any number of processes."""
-    saved = read_state(path)
+def restore(run, path, saved):
+    """Continue from a checkpoint, written by any number of processes; `saved` is its `state.json`."""
     try:
         for name, value in identity(run).items():
             agree(value, saved["identity"][name], name, path)
@@ -772,8 +736,10 @@ def export(run):
     type that the model computes in."""
     path, tensors = run.out / "final.safetensors", {}
     for name, tensor in run.vino.saved_tensors().items():
-        average = run.averages.tensors.get(name)
-        tensor = whole(tensor if average is None else with_share(tensor, average))
+        if name in run.averages.tensors:
+            tensor = tensor.clone()
+            local(tensor).copy_(run.averages.tensors[name])
+        tensor = whole(tensor)
         if RANK == 0:
             tensors[name] = tensor.to("cpu", run.dtype)
     if RANK == 0:
@@ -803,7 +769,7 @@ def validate(run):
             parts.append(run.objective(batch).item())
             if number == 0:
                 output, words = run.objective(batch, picture=True)
-                columns = shown(batch) | {"output": panels(output[0])}
+                columns = shown(batch) | {"output": film_strip(output[0])}
                 rows.append((f"{task}: {words[0]}", columns))
         losses[task] = sum(parts) / len(parts)
     run.log({"step": run.step, "validation": losses})
@@ -812,44 +778,41 @@ def validate(run):
 
 
 def shown(batch):
-    """The first sample's references and target for `contact_sheet`: {heading: PIL images}."""
+    """The first sample's references and target for `contact_sheet`: {heading: PIL image}."""
     columns = {}
     for k, reference in enumerate(batch.references, 1):
         heading = "Video 1" if reference.is_video else f"Image {k}"
-        columns[heading] = panels(reference.pixels[0])
-    return columns | {"target": panels(batch.target[0])}
+        columns[heading] = film_strip(reference.pixels[0])
+    return columns | {"target": film_strip(batch.target[0])}
 
 
-def panels(pixels):
-    """[3, T, H, W] in [-1, 1] -> PIL images of the first, the middle and the last frame."""
-    frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-    return [Image.fromarray(frames[t]) for t in sorted({0, len(frames) // 2, len(frames) - 1})]
+def film_strip(pixels):
+    """[3, T, H, W] in [-1, 1] -> a PIL image: the first, the middle and the last frame side by side."""
+    count = pixels.shape[1]
+    frames = F.pad(pixels[:, sorted({0, count // 2, count - 1})], (0, 2), value=1).unbind(1)
+    strip = ((torch.cat(frames, 2).clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(strip.permute(1, 2, 0).cpu().numpy())
 
 
 def contact_sheet(rows, path):
-    """A picture at `path` of rows (label, {heading: PIL images}); small images are enlarged without blur."""
-    images = [image for _, columns in rows for shown in columns.values() for image in shown]
-    scale = max(1, 96 // max(image.height for image in images))
-    height = scale * max(image.height for image in images) + 34
-    headings = [*dict.fromkeys(heading for _, columns in rows for heading in columns)]
+    """A picture at `path` of rows (label, {heading: PIL image}); small images are enlarged without blur."""
+    tallest = max(image.height for _, row in rows for image in row.values())
+    scale = max(1, 96 // tallest)
+    height = scale * tallest + 34
+    headings = [*dict.fromkeys(heading for _, row in rows for heading in row)]
     headings.sort(key=lambda heading: heading if heading[-1].isdigit() else "~")  # references stand first
-    widths = dict.fromkeys(headings, 72)
-    for _, columns in rows:
-        for heading, shown in columns.items():
-            widths[heading] = max(widths[heading], 12 + sum(image.width * scale + 4 for image in shown))
-    sheet = Image.new("RGB", (sum(widths.values()) + 8, height * len(rows) + 8), "lightsteelblue")
-    draw = ImageDraw.Draw(sheet)
-    for number, (label, columns) in enumerate(rows):
-        top, left = number * height + 4, 8
-        draw.text((left, top), label[: sheet.width // 6], fill="black")
-        for heading, width in widths.items():
-            if heading in columns:
-                draw.text((left, top + 12), heading, fill="dimgray")
-            for position, image in enumerate(columns.get(heading, [])):
-                size = (image.width * scale, image.height * scale)
-                place = (left + position * (size[0] + 4), top + 26)
-                sheet.paste(image.resize(size, Image.NEAREST), place)
-            left += width
+    columns = []
+    for heading in headings:
+        images = {number: row[heading] for number, (_, row) in enumerate(rows) if heading in row}
+        width = max(72, 12 + scale * max(image.width for image in images.values()))
+        column = Image.new("RGB", (width, height * len(rows)), "lightsteelblue")
+        for number, image in images.items():
+            ImageDraw.Draw(column).text((8, height * number + 16), heading, fill="dimgray")
+            column.paste(ImageOps.scale(image, scale, Image.NEAREST), (8, height * number + 30))
+        columns.append(column)
+    sheet = Image.fromarray(np.hstack(columns))
+    for number, (label, _) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((8, height * number + 4), label[: sheet.width // 6], fill="black")
     sheet.save(path)
 
 
@@ -865,41 +828,41 @@ def read_metrics(folder):
 
 def add_common_arguments(parser):
     """What the three stages and toy/pretrain.py share."""
-    add, flag = parser.add_argument, {"action": "store_true"}
-    start = "a .safetensors, a folder of public weights, 'hub' or 'random'"
-    add("--weights", help=f"{start}; by default the export of the stage before, else assets/tiny.safetensors")
+    add = parser.add_argument
+    add("--weights", help="a .safetensors, a folder of public weights, 'hub' or 'random'; by default what "
+        "the stage before has exported, else assets/tiny.safetensors")  # fmt: skip
     add("--config", help="JSON with the fields of the weights' Config to change")
     add("--out", help="folder for all output; by default runs/stageN")
-    add("--resume", **flag, help="continue from the newest complete checkpoint in --out")
+    add("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     add("--seed", type=int, default=0)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; by default bfloat16 on a GPU")
     add("--accumulate", type=int, default=1, help="batches of a process in a step")
-    add("--compile", **flag, help="torch.compile the MMDiT's blocks")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
-    add("--keep", type=int, default=3, help="checkpoints to keep (default: %(default)s)")
-    pictures = "steps between validations, with their pictures; 0 is none (default: %(default)s)"
-    add("--validate-every", type=int, default=500, help=pictures)
+    add("--compile", action="store_true", help="torch.compile the MMDiT's blocks")
+    add("--save-every", type=int, default=500, help="steps between checkpoints; by default 500")
+    add("--keep", type=int, default=3, help="checkpoints to keep; by default 3")
+    add(
+        "--validate-every", type=int, default=500, help="steps between validations; by default 500; 0 is none"
+    )
 
 
 def parse_arguments(arguments):
     usage, about = "train.py --stage STAGE [options]", __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser("train.py", usage, about, allow_abbrev=False)
-    add, flag = parser.add_argument, {"action": "store_true"}
+    add = parser.add_argument
     add("--stage", required=True, choices=list(STAGES), help="column of table 1")
     add("--data", help="JSON lines, one sample a line; by default the toy world")
     add("--tasks", nargs="+", metavar="TASK", help="of the stage's mixture only these")
-    shards = "under torchrun: copies of everything; gradients and AdamW sharded (the paper's); weights too"
-    add("--shard", choices=["ddp", "zero2", "fsdp"], default="zero2", help=f"{shards} (default: %(default)s)")
-    host = f"keep averages in the host's memory; they follow every {EMA_EVERY} steps"
-    add("--ema-on-host", **flag, help=host)
-    add("--no-queries", **flag, help="ablation: no learnable tokens (figure 8)")
-    add("--no-boundary-tokens", **flag, help="ablation: no tokens between latents (figure 11)")
+    add("--shard", choices=["ddp", "zero2", "fsdp"], default="zero2", help="under torchrun: copies of "
+        "everything; gradients and AdamW sharded (the paper's, and the default); weights too")  # fmt: skip
+    add("--ema-on-host", action="store_true", help="averages in the host's memory, of every 10th step")
+    add("--no-queries", action="store_true", help="ablation: no learnable tokens (figure 8)")
+    add("--no-boundary-tokens", action="store_true", help="ablation: no tokens between latents (figure 11)")
     add_common_arguments(parser)
-    table = parser.add_argument_group("table 1", "changes to the stage's column")
+    add = parser.add_argument_group("table 1", "changes to the stage's column").add_argument
+    add("--checkpointing", action=argparse.BooleanOptionalAction)
     for f in fields(Stage):
         if f.type in (int, float):
-            table.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X")
-    table.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
+            add("--" + f.name.replace("_", "-"), type=f.type, metavar="X")
     return parser.parse_args(arguments)
 
 
@@ -918,8 +881,10 @@ def start_device(dtype):
 def prepare(args):
     """The Run that the command line asks for, at its first step or where it was stopped."""
     out = Path(args.out or f"runs/stage{args.stage}")
-    found = find_checkpoint(out, args)
-    weights, device, dtype = choose_weights(args, out, found), *start_device(args.dtype)
+    found, saved = find_checkpoint(out, args)
+    export = out.parent / f"stage{int(args.stage) - 1}" / "final.safetensors"  # of the stage before
+    weights = args.weights or saved.get("weights") or str(export if export.exists() else TINY)
+    device, dtype = start_device(args.dtype)
     path = args.config or (HERE / "tiny_config.json" if weights == "random" else None)
     vino = Vino.load(weights, read_config(path, weights) if path else None, device, dtype)
     if args.no_queries:  # the ablations (3.4) take away what the weights may have
@@ -938,33 +903,29 @@ def prepare(args):
             stage.batch = min(stage.batch, 8)  # a step within seconds
         source = ToyWorld(stage, vino.config, seed, vino if device.type == "cuda" else None)
     run = Run(args, out, stage, source, Objective(vino, stage.shift), weights, device, dtype)
-    start(run, found)
+    start(run, found, saved)
     return run
 
 
 def find_checkpoint(out, args):
-    """The newest checkpoint in `out`, to go on from; None where a run begins."""
+    """The newest checkpoint in `out` and its `state.json`; None and {} where a run begins."""
     for name in ("accumulate", "save_every", "keep"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} should be at least 1")
     found = complete_checkpoints(out)[-1:]
     if found and not args.resume:
         raise InputError(f"{out} holds a run: continue it with --resume, or choose another --out")
-    if args.resume and not found:
-        say(f"--resume: {out} has no checkpoint, so this run begins anew")
-    return found[0] if found else None
+    if not found:
+        if args.resume:
+            say(f"--resume: {out} has no checkpoint, so this run begins anew")
+        return None, {}
+    saved = read_json(found[0] / "state.json")
+    if not isinstance(saved, dict) or "weights" not in saved:
+        raise InputError(f"{found[0] / 'state.json'} is not a checkpoint's; remove {found[0].name}")
+    return found[0], saved
 
 
-def choose_weights(args, out, found):
-    """--weights; else what the run that goes on has begun with; else the export of the stage before, beside
-    `out`; else the tiny weights."""
-    if args.weights or found:
-        return args.weights or read_state(found)["weights"]
-    export = out.parent / f"stage{int(args.stage) - 1}" / "final.safetensors"
-    return str(export if export.exists() else TINY)
-
-
-def start(run, found):
+def start(run, found, saved):
     """Say what the run does and from where, restore it, and drop the records after its checkpoint."""
     tasks = ", ".join(run.source.tasks)
     say(f"stage {run.args.stage} on {WORLD} x {run.device.type}: {tasks}; {run.step_size} sample(s) a step")
@@ -972,7 +933,7 @@ def start(run, found):
     if run.stage.warmup + run.stage.cooldown > run.stage.steps:
         say(f"the learning rate stays below {run.stage.lr}: --warmup and --cooldown are longer than the run")
     if found:
-        restore(run, found)
+        restore(run, found, saved)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.on_signal)
     if RANK == 0:

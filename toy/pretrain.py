@@ -146,9 +146,8 @@ def scale_latents(run):
 
 def prepare(args, part, weights, out):
     """The Run of one part, at its first step or where it was stopped."""
-    found = train.find_checkpoint(out, args)
+    found, saved = train.find_checkpoint(out, args)
     device, dtype = train.start_device(args.dtype)
-    saved = train.read_state(found) if found else {}
     weights = str(weights or saved.get("weights") or "random")
     path = args.config or HERE / "tiny_config.json"
     config = read_config(path, weights) if args.config or weights == "random" else None
@@ -161,7 +160,7 @@ def prepare(args, part, weights, out):
     encoders = vino if device.type == "cuda" else None
     source = ToyWorld(stage, vino.config, f"{args.seed} {args.stage}", encoders)
     run = Run(args, out, stage, source, OBJECTIVES[part](vino, stage.shift), weights, device, dtype)
-    train.start(run, found)
+    train.start(run, found, saved)
     return run
 
 
