@@ -1,20 +1,17 @@
 """Train VINO as the paper does: three stages, all tasks in one model, on one CPU or on many GPUs.
 
-    python train.py --stage 3                                     tiny model, toy world, this machine
-    torchrun --nproc-per-node 8 train.py --stage 3 --weights FOLDER --data samples.jsonl
+python train.py --stage 3                                     tiny model, toy world, this machine
+torchrun --nproc-per-node 8 train.py --stage 3 --weights FOLDER --data samples.jsonl
 
-    1. Tasks              figure 6, appendix B: what is learned when
-    2. Table 1            hyperparameters of the three stages
-    3. Samples            3.1, appendix B: condition dropout; a local batch of 1; files
-    4. The loss           appendix B
-    5. Memory, many GPUs  3.1: gradient checkpointing, ZeRO-2, averaged weights
-    6. The loop
-    7. Checkpoints        and the export: averaged weights (EMA), which the next stage starts from
-    8. Validation         losses and a picture
-    9. The command line
-
-Each random choice has a generator of its own, seeded with what it is for (the run's seed, the step, the
-local batch): a run that is resumed, or spread over more processes, sees the same samples and noise.
+1. Tasks              figure 6, appendix B: what is learned when
+2. Table 1            hyperparameters of the three stages
+3. Samples            3.1, appendix B: condition dropout; a local batch of 1; files
+4. The loss           appendix B
+5. Memory, many GPUs  3.1: gradient checkpointing, ZeRO-2, averaged weights
+6. The loop
+7. Checkpoints        and the export: averaged weights (EMA), which the next stage starts from
+8. Validation         losses and a picture
+9. The command line
 """
 
 import argparse
@@ -45,10 +42,10 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
@@ -147,11 +144,9 @@ STAGES = {
     "2": Stage(4e-5, 0.9, 0.95, 4_000, 0.9999, 640**2, 5.0, ALL, MIXTURES["2"]),
     "3": Stage(2e-5, 0.9, 0.95, 16_000, 0.9999, 640**2, 5.0, ALL, MIXTURES["3"]),
 }
-LIMITS = {  # least and most of a field, where these are not 0 and infinity
-    "steps": (1, math.inf), "batch": (1, math.inf), "latent_frames": (5, math.inf), "area": (256, math.inf),
-    "shift": (0.01, math.inf), "short": (0, 1), "drop": (0, 1), "ema": (0, 1), "beta1": (0, 0.9999),
-    "beta2": (0, 0.9999),
-}  # fmt: skip
+LEAST = {"latent_frames": 5, "area": 256, "shift": 0.01}  # of numbers that may not be as small as 0
+LEAST |= dict.fromkeys(("steps", "batch", "accumulate", "save_every", "keep"), 1)
+MOST = {"short": 1, "drop": 1, "ema": 1, "beta1": 0.9999, "beta2": 0.9999}
 
 
 def make_stage(number, config, arguments, stages=STAGES):
@@ -172,11 +167,11 @@ def make_stage(number, config, arguments, stages=STAGES):
     if arguments.get("tasks"):
         check_known(f"task of stage {number}", arguments["tasks"], stage.mixture)
         stage.mixture = {task: stage.mixture[task] for task in arguments["tasks"]}
-    numbers = {f.name: getattr(stage, f.name) for f in fields(Stage) if f.type in (int, float)}
-    for name, value in (numbers | stage.mixture).items():
-        least, most = LIMITS.get(name, (0, math.inf))
-        if type(value) not in (int, float) or not least <= value <= most:  # nan is not
-            raise InputError(f"field '{name}' should be at least {least} and at most {most}")
+    for name, value in (arguments | asdict(stage) | stage.mixture).items():
+        least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
+        is_number = isinstance(value, (int, float))
+        if name in stage.mixture and not is_number or is_number and not least <= value <= most:  # nan is not
+            raise InputError(f"'{name}' should be at least {least} and at most {most}")
     return stage
 
 
@@ -205,22 +200,23 @@ class Batch:
     references: list  # References of batch size B: images, then the video
     target: Tensor  # [B, 3, T, H, W] in [-1, 1]
     answers: list = field(default_factory=list)  # the target in words; the toy world has them
-    key: tuple = ()  # what its noise and its dropout are drawn from
+    key: tuple = ()  # seed, step, and which local batch: what its noise and its dropout are drawn from
     latents: Tensor | None = None  # of the target, if known; the references are then EncodedReferences
 
 
 def chance(*key):
-    """A generator for one purpose: the same key gives the same choices, in every process and every run."""
+    """A generator for one purpose, such as the noise of one local batch of one step: a run that is resumed,
+    or spread over more processes, makes the same choices."""
     return random.Random(" ".join(map(str, key)))
 
 
-def drop_conditions(batch, seed, step, stage):
+def drop_conditions(batch, stage):
     """Choose long or short prompts, and drop conditions for classifier-free guidance, each on its own
     (appendix B). The text of each sample has a choice of its own, the images and the video of each process's
     batch. With many images these share the step's choice: all processes have equally much to do."""
     images = sum(not reference.is_video for reference in batch.references)
-    key = (seed, step) if images > stage.sync_drop_images else batch.key
-    choice = chance(*key, "references")
+    seed, step, _ = batch.key
+    choice = chance(*((seed, step) if images > stage.sync_drop_images else batch.key), "references")
     no_images = choice.random() < stage.drop
     no_video = choice.random() < stage.drop
     references = [r for r in batch.references if not (no_video if r.is_video else no_images)]
@@ -239,8 +235,6 @@ class Source:
     def __init__(self, stage, config, seed):
         self.stage, self.config, self.seed = stage, config, seed
         self.tasks = [task for task, share in stage.mixture.items() if share]
-        if not self.tasks:
-            raise InputError("field 'mixture' has no share above 0")
 
     def images_that_fit(self, video):
         """Reference images that leave room for the shortest clip, of 2 latent frames."""
@@ -273,8 +267,6 @@ class Manifest(Source):
 
     def __init__(self, path, stage, config, seed):
         super().__init__(stage, config, seed)
-        if stage.batch != 1:
-            raise InputError(f"--data takes --batch 1, and {stage.batch} is given: use --accumulate")
         self.path = existing(path)
         self.broken = set()  # lines
         entries = []
@@ -287,9 +279,7 @@ class Manifest(Source):
         self.count = len(entries)
         self.all = {task: [e for e in entries if e.task == task] for task in self.tasks}
         self.tasks = [task for task in self.tasks if self.all[task]]
-        if not self.tasks:
-            raise InputError(f"{path} has no sample of this stage's tasks ({', '.join(stage.mixture)})")
-        self.training = {}  # but for each task's first ones, held out for validation
+        self.training = {}  # but for each task's first ones, which are held out for validation
         for task in self.tasks:
             count = len(self.all[task])
             self.training[task] = self.all[task][min(VALIDATION, math.ceil(count / 100), count - 1) :]
@@ -455,31 +445,26 @@ def checkpointed(block, *inputs):
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=keep)
 
 
-def to_masters(module):
-    """float32 for what trains. What is frozen stays in the type that it computes in."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
 def distribute(objective, how, dtype):
-    """The module to call in training. how: "ddp"; "zero2", the paper's, where weights stay whole from forward
+    """The module to call in training. Its weights are float32 where they train, and in the type that it
+    computes in where they are frozen. how: "ddp"; "zero2", the paper's, where weights stay whole from forward
     to backward, and gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered
     anew for the backward."""
-    if how == "ddp" or not dist.is_initialized():
-        objective.autocast = None if dtype == torch.float32 else dtype
-        to_masters(objective)
-        return DistributedDataParallel(objective) if WORLD > 1 else objective
-    mesh = init_device_mesh(next(objective.parameters()).device.type, (WORLD,))
+    sharded = how != "ddp" and dist.is_initialized()
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": how == "fsdp"}
-    for block in objective.vino.transformer.blocks():
-        to_masters(block)  # one by one: all of them in float32 at once need not fit
-        fully_shard(block, **options)
-    to_masters(objective)
     unsharded = {*objective.vino.mm_encoder.mm_encoder.parameters(), *objective.vino.vae.parameters()}
     unsharded |= {parameter for parameter in objective.parameters() if parameter.numel() == 0}
-    return fully_shard(objective, **options, ignored_params=unsharded)
+    options = {"mp_policy": mixed, "reshard_after_forward": how == "fsdp", "ignored_params": unsharded}
+    for module in (*objective.vino.transformer.blocks(), objective):
+        for parameter in module.parameters():
+            if parameter.requires_grad:  # block by block: all of them in float32 at once need not fit
+                parameter.data = parameter.data.float()
+        if sharded:
+            fully_shard(module, **options)
+    if sharded:
+        return objective
+    objective.autocast = None if dtype == torch.float32 else dtype
+    return DistributedDataParallel(objective) if WORLD > 1 else objective
 
 
 def local(tensor):
@@ -544,9 +529,8 @@ class Run:
         self.model = distribute(objective, args.shard, dtype)
         named = [(name.removeprefix("vino."), p) for name, p in objective.named_parameters()]
         self.parameters = {name: p for name, p in named if p.requires_grad}
-        betas = (stage.beta1, stage.beta2)
-        rule = {"lr": stage.lr, "betas": betas, "weight_decay": stage.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), **rule)
+        weights, betas = self.parameters.values(), (stage.beta1, stage.beta2)
+        self.optimizer = AdamW(weights, stage.lr, betas, weight_decay=stage.weight_decay, fused=True)
         for p in self.parameters.values():  # from the start, so that a checkpoint can be read into it
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -554,25 +538,24 @@ class Run:
         self.averages = Averages(self.parameters, stage.ema, args.ema_on_host)
 
     def load(self, step):
-        """The step's task, and this process's samples for it: a list for each batch that it accumulates. All
+        """The step's task, and this process's samples for it: a list for each batch. All
         processes draw the same task, so that they do equal work (appendix B). A sample's number does not
         depend on how many processes share a step."""
         size, source = self.stage.batch, self.source
         shares = [self.stage.mixture[task] for task in source.tasks]
         [task] = chance(self.args.seed, step, "task").choices(source.tasks, shares)
         position = math.ceil(self.drawn[task] / size) * size  # in case its size has changed
-        batches = []
+        batches = {}
         for micro in range(self.args.accumulate):
-            first = position + (micro * WORLD + RANK) * size
-            batches.append([source.draw(task, position, first + index) for index in range(size)])
+            first = (micro * WORLD + RANK) * size  # of this batch's samples, among the step's
+            batches[first] = [source.draw(task, position, position + first + i) for i in range(size)]
         return task, batches
 
-    def make_batch(self, task, micro, samples):
+    def make_batch(self, task, first, samples):
         """Samples -> Batch, with its conditions dropped."""
         batch = self.source.collate(task, samples, self.device)
-        first = (micro * WORLD + RANK) * len(samples)
         batch.key = (self.args.seed, self.step, first)
-        return drop_conditions(batch, self.args.seed, self.step, self.stage)
+        return drop_conditions(batch, self.stage)
 
     def clip_gradients(self):
         """Clip the gradient's norm, over all processes, and return it."""
@@ -614,8 +597,8 @@ def choose_parameters(objective, prefixes):
 def train(run):
     """All steps that are left, then the export. Returns the exit status."""
     args, stage = run.args, run.stage
-    progress = tqdm(total=stage.steps, initial=run.step, unit="step", disable=RANK > 0)
-    with progress as bar, ThreadPoolExecutor(1) as loader:  # which decodes the next step's samples
+    bar = tqdm(total=stage.steps, initial=run.step, unit="step", disable=RANK > 0)
+    with bar, ThreadPoolExecutor(1) as loader:  # which decodes the next step's samples
         upcoming = loader.submit(run.load, run.step + 1)
         while run.step < stage.steps:
             begin = time.perf_counter()
@@ -624,8 +607,8 @@ def train(run):
             run.drawn[task] += run.step_size
             upcoming = loader.submit(run.load, run.step + 1)
             loss = 0.0
-            for micro, samples in enumerate(batches):
-                part = run.model(run.make_batch(task, micro, samples)).mean() / args.accumulate
+            for first, samples in batches.items():
+                part = run.model(run.make_batch(task, first, samples)).mean() / args.accumulate
                 part.backward()  # DDP and FSDP average over the processes
                 loss += part.detach()
             norm = run.clip_gradients()
@@ -694,9 +677,7 @@ def save(run):
         problem = one_line(error)
     if sum(sums(bool(problem))):
         shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(run.out).free >> 20
-        reason = problem or "another process could not"
-        raise InputError(f"cannot write {final} ({free} MiB free): {reason}; older ones stay")
+        raise InputError(f"cannot write {final}: {problem or 'another process failed'}; older ones stay")
     if RANK == 0:
         partial.rename(final)
         for old in complete_checkpoints(run.out)[: -run.args.keep]:
@@ -705,24 +686,21 @@ def save(run):
 
 def restore(run, path, saved):
     """Continue from a checkpoint, written by any number of processes; `saved` is its `state.json`."""
-    try:
-        for name, value in identity(run).items():
-            agree(value, saved["identity"][name], name, path)
-        for name, value in asdict(run.stage).items():
-            if value != saved["stage"][name]:
-                say(f"going on with {name} {value}; until here it was {saved['stage'][name]}")
-        files = [open_safetensors(path / f"{share}.safetensors") for share in range(saved["shares"])]
-        for name, tensor in run.tensors().items():
-            parts = [file.get_tensor(name) for file in files]
-            value = torch.cat(parts) if tensor.dim() else parts[0]
-            if tensor.dim() and run.shares > 1:  # as FSDP cuts: equal shares, the last ones shorter or empty
-                shares = value.chunk(WORLD)
-                value = shares[RANK] if RANK < len(shares) else value[:0]
-            tensor.copy_(value)
-        run.step, run.drawn = saved["step"], run.drawn | saved["drawn"]
-    except (AttributeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        advice = "if it is damaged, remove it, and --resume takes the one before"
-        raise InputError(f"cannot read {path}: {one_line(error)}; {advice}") from error
+    for name, value in identity(run).items():
+        agree(value, saved["identity"].get(name), name, path)
+    for name, value in asdict(run.stage).items():
+        before = saved["stage"].get(name)
+        if value != before:
+            say(f"going on with {name} {value}; until here it was {before}")
+    files = [open_safetensors(path / f"{share}.safetensors") for share in range(saved["shares"])]
+    for name, tensor in run.tensors().items():
+        parts = [file.get_tensor(name) for file in files]
+        value = torch.cat(parts) if tensor.dim() else parts[0]
+        if tensor.dim() and run.shares > 1:  # as FSDP cuts: equal shares, the last ones shorter or empty
+            shares = value.chunk(WORLD)
+            value = shares[RANK] if RANK < len(shares) else value[:0]
+        tensor.copy_(value)
+    run.step, run.drawn = saved["step"], run.drawn | saved["drawn"]
 
 
 def complete_checkpoints(out):
@@ -743,11 +721,7 @@ def export(run):
         if RANK == 0:
             tensors[name] = tensor.to("cpu", run.dtype)
     if RANK == 0:
-        try:
-            run.vino.save(path, tensors)
-        except (OSError, SafetensorError) as error:
-            advice = "the last checkpoint has it all: make room, then --resume"
-            raise InputError(f"cannot write {path} ({error}); {advice}") from error
+        run.vino.save(path, tensors)
     say(f"wrote {path}: python sample.py --weights {path}")
     sums(0)  # nobody goes on before the file is there
 
@@ -840,9 +814,7 @@ def add_common_arguments(parser):
     add("--compile", action="store_true", help="torch.compile the MMDiT's blocks")
     add("--save-every", type=int, default=500, help="steps between checkpoints; by default 500")
     add("--keep", type=int, default=3, help="checkpoints to keep; by default 3")
-    add(
-        "--validate-every", type=int, default=500, help="steps between validations; by default 500; 0 is none"
-    )
+    add("--validate-every", type=int, default=500, help="steps; by default 500, and 0 is never")
 
 
 def parse_arguments(arguments):
@@ -881,7 +853,7 @@ def start_device(dtype):
 def prepare(args):
     """The Run that the command line asks for, at its first step or where it was stopped."""
     out = Path(args.out or f"runs/stage{args.stage}")
-    found, saved = find_checkpoint(out, args)
+    found, saved = find_checkpoint(out, args.resume)
     export = out.parent / f"stage{int(args.stage) - 1}" / "final.safetensors"  # of the stage before
     weights = args.weights or saved.get("weights") or str(export if export.exists() else TINY)
     device, dtype = start_device(args.dtype)
@@ -894,7 +866,8 @@ def prepare(args):
     stage = make_stage(args.stage, vino.config, vars(args))
     seed = f"{args.seed} {args.stage}"
     if args.data:
-        stage.batch = args.batch or 1
+        args.accumulate *= args.batch or 1  # samples of different sizes, one after the other
+        stage.batch = 1
         source = Manifest(args.data, stage, vino.config, seed)
     else:
         from toy.world import ToyWorld  # here: who has data does not need it
@@ -907,29 +880,26 @@ def prepare(args):
     return run
 
 
-def find_checkpoint(out, args):
+def find_checkpoint(out, resume):
     """The newest checkpoint in `out` and its `state.json`; None and {} where a run begins."""
-    for name in ("accumulate", "save_every", "keep"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} should be at least 1")
-    found = complete_checkpoints(out)[-1:]
-    if found and not args.resume:
-        raise InputError(f"{out} holds a run: continue it with --resume, or choose another --out")
+    found = complete_checkpoints(out)
     if not found:
-        if args.resume:
-            say(f"--resume: {out} has no checkpoint, so this run begins anew")
         return None, {}
-    saved = read_json(found[0] / "state.json")
-    if not isinstance(saved, dict) or "weights" not in saved:
-        raise InputError(f"{found[0] / 'state.json'} is not a checkpoint's; remove {found[0].name}")
-    return found[0], saved
+    if not resume:
+        raise InputError(f"{out} holds a run: continue it with --resume, or choose another --out")
+    saved = read_json(found[-1] / "state.json")
+    if not isinstance(saved, dict) or "identity" not in saved:
+        raise InputError(f"{found[-1] / 'state.json'} is not a checkpoint's; remove {found[-1].name}")
+    return found[-1], saved
 
 
 def start(run, found, saved):
     """Say what the run does and from where, restore it, and drop the records after its checkpoint."""
     tasks = ", ".join(run.source.tasks)
+    if not tasks:
+        raise InputError(f"there are no samples of this stage's tasks: {', '.join(run.stage.mixture)}")
     say(f"stage {run.args.stage} on {WORLD} x {run.device.type}: {tasks}; {run.step_size} sample(s) a step")
-    say(f"from {found}" if found else f"from {run.weights} (--weights chooses others)")
+    say(f"from {found or f'{run.weights} (--weights chooses others)'}")
     if run.stage.warmup + run.stage.cooldown > run.stage.steps:
         say(f"the learning rate stays below {run.stage.lr}: --warmup and --cooldown are longer than the run")
     if found:
@@ -944,22 +914,18 @@ def start(run, found, saved):
         partial.replace(run.out / "metrics.jsonl")
 
 
-def guarded(function, args):
-    """Call a function of the command line -> exit status. What the user got wrong is one line."""
+def main(arguments=None, parse=parse_arguments, work=lambda args: train(prepare(args))):
+    """Run the command line `arguments` -> exit status. What the user got wrong is one line."""
+    args = parse(arguments)
     try:
-        return function(args)
-    except (InputError, OSError) as error:  # OSError: a full disk, at any file but a checkpoint's
-        advice = "" if isinstance(error, InputError) else "; older checkpoints stay: continue with --resume"
+        return work(args)
+    except (InputError, OSError, SafetensorError) as error:  # the last two: a full disk
+        advice = "" if isinstance(error, InputError) else "; checkpoints stay: make room, then --resume"
         print(f"train.py: {error}{advice}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def main(arguments=None):
-    """Run the command line `arguments` -> exit status."""
-    return guarded(lambda args: train(prepare(args)), parse_arguments(arguments))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def scale_latents(run):
 
 def prepare(args, part, weights, out):
     """The Run of one part, at its first step or where it was stopped."""
-    found, saved = train.find_checkpoint(out, args)
+    found, saved = train.find_checkpoint(out, args.resume)
     device, dtype = train.start_device(args.dtype)
     weights = str(weights or saved.get("weights") or "random")
     path = args.config or HERE / "tiny_config.json"
@@ -194,7 +194,7 @@ def pretrain(args):
 
 def main(arguments=None):
     """Run the command line `arguments` -> exit status."""
-    return train.guarded(pretrain, parse_arguments(arguments))
+    return train.main(arguments, parse_arguments, pretrain)
 
 
 if __name__ == "__main__":
