@@ -725,9 +725,10 @@ def test_each_modality_is_dropped_one_time_in_ten_and_on_its_own():
 
 def test_what_the_model_is_trained_on_has_its_conditions_dropped(small_config, tmp_path):
     for drop, prompts, references in (("0", True, 2), ("1", False, 0)):
-        started = start(small_config, tmp_path, f"--drop={drop}")
-        samples = [started.source.draw("tiv2v", 0, index) for index in range(2)]
-        batch = started.make_batch("tiv2v", 0, samples)
+        started = start(small_config, tmp_path / drop, f"--drop={drop}", "--tasks=tiv2v", "--steps=1", SILENT)
+        with patch.object(started.objective, "loss", wraps=started.objective.loss) as loss:
+            train.train(started)
+        batch = loss.call_args.args[0]
         assert all(map(bool, batch.prompts)) == prompts and len(batch.references) == references
 
 
@@ -931,7 +932,8 @@ def test_zero2_keeps_weights_whole_from_forward_to_backward_and_fsdp_does_not(ho
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         started = start(small_config, tmp_path, f"--shard={how}")
-        started.model(started.make_batch("t2i", 0, [started.source.draw("t2i", 0, 0)]))
+        batch = started.source.collate("t2i", [started.source.draw("t2i", 0, 0)], started.device)
+        started.model(batch)
         weights = [*started.vino.transformer.blocks()[0].parameters()]
     finally:
         dist.destroy_process_group()

@@ -161,9 +161,8 @@ def make_stage(number, config, arguments, stages=STAGES):
         stage.warmup = min(stage.warmup, steps // 10)
         stage.cooldown = min(stage.cooldown, steps // 4)
         stage.ema = stage.ema and max(0.5, 1 - (1 - stage.ema) * stage.steps / steps)
-    for f in fields(Stage):
-        if arguments.get(f.name) is not None:
-            setattr(stage, f.name, arguments[f.name])
+    given = {name: value for name, value in arguments.items() if hasattr(stage, name) and value is not None}
+    stage = replace(stage, **given)
     if arguments.get("tasks"):
         check_known(f"task of stage {number}", arguments["tasks"], stage.mixture)
         stage.mixture = {task: stage.mixture[task] for task in arguments["tasks"]}
@@ -551,12 +550,6 @@ class Run:
             batches[first] = [source.draw(task, position, position + first + i) for i in range(size)]
         return task, batches
 
-    def make_batch(self, task, first, samples):
-        """Samples -> Batch, with its conditions dropped."""
-        batch = self.source.collate(task, samples, self.device)
-        batch.key = (self.args.seed, self.step, first)
-        return drop_conditions(batch, self.stage)
-
     def clip_gradients(self):
         """Clip the gradient's norm, over all processes, and return it."""
         return whole(nn.utils.clip_grad_norm_(self.parameters.values(), self.stage.clip or math.inf)).item()
@@ -608,7 +601,9 @@ def train(run):
             upcoming = loader.submit(run.load, run.step + 1)
             loss = 0.0
             for first, samples in batches.items():
-                part = run.model(run.make_batch(task, first, samples)).mean() / args.accumulate
+                batch = run.source.collate(task, samples, run.device)
+                batch.key = (args.seed, run.step, first)
+                part = run.model(drop_conditions(batch, stage)).mean() / args.accumulate
                 part.backward()  # DDP and FSDP average over the processes
                 loss += part.detach()
             norm = run.clip_gradients()
