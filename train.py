@@ -42,6 +42,7 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -166,10 +167,11 @@ def make_stage(number, config, arguments, stages=STAGES):
     if arguments.get("tasks"):
         check_known(f"task of stage {number}", arguments["tasks"], stage.mixture)
         stage.mixture = {task: stage.mixture[task] for task in arguments["tasks"]}
-    for name, value in (arguments | asdict(stage) | stage.mixture).items():
+    settings = (arguments | asdict(stage)).items()
+    numbers = {name: value for name, value in settings if isinstance(value, (int, float))} | stage.mixture
+    for name, value in numbers.items():
         least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
-        is_number = isinstance(value, (int, float))
-        if name in stage.mixture and not is_number or is_number and not least <= value <= most:  # nan is not
+        if not isinstance(value, (int, float)) or not least <= value <= most:  # nan is not
             raise InputError(f"'{name}' should be at least {least} and at most {most}")
     return stage
 
@@ -267,21 +269,22 @@ class Manifest(Source):
     def __init__(self, path, stage, config, seed):
         super().__init__(stage, config, seed)
         self.path = existing(path)
+        self.count = 0
         self.broken = set()  # lines
-        entries = []
+        self.all = {}  # task: entries
         for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
             try:
                 if line.strip():
-                    entries.append(self.read_entry(number, line))
+                    entry = self.read_entry(number, line)
+                    self.all.setdefault(entry.task, []).append(entry)
+                    self.count += 1
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: {one_line(error)}") from error
-        self.count = len(entries)
-        self.all = {task: [e for e in entries if e.task == task] for task in self.tasks}
-        self.tasks = [task for task in self.tasks if self.all[task]]
-        self.training = {}  # but for each task's first ones, which are held out for validation
+        self.tasks = [task for task in self.tasks if task in self.all]
+        self.training = {}  # all but the first ones, which are held out for validation
         for task in self.tasks:
-            count = len(self.all[task])
-            self.training[task] = self.all[task][min(VALIDATION, math.ceil(count / 100), count - 1) :]
+            held_out = min(VALIDATION, math.ceil(len(self.all[task]) / 100), len(self.all[task]) - 1)
+            self.training[task] = self.all[task][held_out:]
 
     def read_entry(self, number, line):
         """A manifest's line as an Entry, if it has what its task needs."""
@@ -450,16 +453,17 @@ def distribute(objective, how, dtype):
     to backward, and gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered
     anew for the backward."""
     sharded = how != "ddp" and dist.is_initialized()
+    mesh = init_device_mesh(next(objective.parameters()).device.type, (WORLD,)) if sharded else None
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": how == "fsdp"}
     unsharded = {*objective.vino.mm_encoder.mm_encoder.parameters(), *objective.vino.vae.parameters()}
     unsharded |= {parameter for parameter in objective.parameters() if parameter.numel() == 0}
-    options = {"mp_policy": mixed, "reshard_after_forward": how == "fsdp", "ignored_params": unsharded}
     for module in (*objective.vino.transformer.blocks(), objective):
         for parameter in module.parameters():
             if parameter.requires_grad:  # block by block: all of them in float32 at once need not fit
                 parameter.data = parameter.data.float()
         if sharded:
-            fully_shard(module, **options)
+            fully_shard(module, **options, ignored_params=unsharded)
     if sharded:
         return objective
     objective.autocast = None if dtype == torch.float32 else dtype
@@ -619,24 +623,22 @@ def train(run):
             run.optimizer.zero_grad()
 
             seconds = time.perf_counter() - begin
-            record = {"step": run.step, "task": task, "skipped": not finite, "lr": lr}
+            record = {"step": run.step, "task": task, "samples": run.step_size, "seconds": seconds, "lr": lr}
             record |= {"loss": loss if finite else None, "grad_norm": norm if finite else None}
-            record |= {"samples": run.step_size, "seconds": seconds}
-            run.log(record | {"peak_mib": torch.cuda.max_memory_allocated() >> 20})  # 0 on a CPU
+            run.log(record | {"skipped": not finite, "peak_mib": torch.cuda.max_memory_allocated() >> 20})
             speed = f"{run.step_size / seconds:.1f} samples/s"
             bar.set_postfix_str(f"{task} loss {loss:.4f}, |g| {norm:.2f}, {speed}")
             bar.update()
 
             last = run.step == stage.steps
-            stop = signals > 0 or run.failed == 10
             if args.validate_every and (last or run.step % args.validate_every == 0):
                 validate(run)  # before the checkpoint, so that a resumed run lacks none
-            if last or stop or run.step % args.save_every == 0:
+            if last or signals or run.failed == 10 or run.step % args.save_every == 0:
                 save(run)
             if run.failed == 10:
                 advice = "stopped after a checkpoint; try a lower --lr, or --dtype float32"
                 raise InputError(f"step {run.step}: not finite for the tenth time in a row; {advice}")
-            if stop:
+            if signals:
                 say(f"stopped by a signal after step {run.step}; continue with --resume")
                 return 128 + run.signal
     export(run)
@@ -729,18 +731,15 @@ VALIDATION, PICTURE_STEPS = 4, 20  # fixed samples of each task, and the sampler
 @torch.no_grad()
 def validate(run):
     """Loss of each task on fixed samples with fixed noise, and a picture: references, target, output."""
-    losses, rows = {}, []
-    for task in tqdm(run.source.tasks, desc="validating", unit="task", leave=False, disable=RANK > 0):
-        parts = []
+    losses, rows = dict.fromkeys(run.source.tasks, 0.0), []
+    for task in tqdm(losses, desc="validating", unit="task", leave=False, disable=RANK > 0):
         for number in range(VALIDATION):
             batch = run.source.collate(task, [run.source.draw(task, -1 - number, -1 - number)], run.device)
             batch.key = ("validation", task, number)
-            parts.append(run.objective(batch).item())
+            losses[task] += run.objective(batch).item() / VALIDATION
             if number == 0:
                 output, words = run.objective(batch, picture=True)
-                columns = shown(batch) | {"output": film_strip(output[0])}
-                rows.append((f"{task}: {words[0]}", columns))
-        losses[task] = sum(parts) / len(parts)
+                rows.append((f"{task}: {words[0]}", shown(batch) | {"output": film_strip(output[0])}))
     run.log({"step": run.step, "validation": losses})
     if RANK == 0:
         contact_sheet(rows, run.out / f"step_{run.step:08d}.png")
@@ -768,10 +767,9 @@ def contact_sheet(rows, path):
     tallest = max(image.height for _, row in rows for image in row.values())
     scale = max(1, 96 // tallest)
     height = scale * tallest + 34
-    headings = [*dict.fromkeys(heading for _, row in rows for heading in row)]
-    headings.sort(key=lambda heading: heading if heading[-1].isdigit() else "~")  # references stand first
+    headings = dict.fromkeys(heading for _, row in rows for heading in row)
     columns = []
-    for heading in headings:
+    for heading in sorted(headings, key=lambda name: name if name[-1].isdigit() else "~"):  # references first
         images = {number: row[heading] for number, (_, row) in enumerate(rows) if heading in row}
         width = max(72, 12 + scale * max(image.width for image in images.values()))
         column = Image.new("RGB", (width, height * len(rows)), "lightsteelblue")
@@ -915,8 +913,7 @@ def main(arguments=None, parse=parse_arguments, work=lambda args: train(prepare(
     try:
         return work(args)
     except (InputError, OSError, SafetensorError) as error:  # the last two: a full disk
-        advice = "" if isinstance(error, InputError) else "; checkpoints stay: make room, then --resume"
-        print(f"train.py: {error}{advice}", file=sys.stderr)
+        print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
