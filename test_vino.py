@@ -663,6 +663,9 @@ def test_the_command_line_wins_over_the_config_and_the_config_over_table_1(small
                          ({"1": {"drop": 2.0}}, "'drop' should be at least 0 and at most 1")]:  # fmt: skip
         with pytest.raises(InputError, match=named):
             train.make_stage("1", Config.from_dict({"training": wrong}), {})
+    for wrong in ([], ["transformer.", ["MMDiT"]]):
+        with pytest.raises(InputError, match="no parameter's name begins with"):
+            train.choose_parameters(torch.nn.ModuleDict({"transformer": torch.nn.Linear(1, 1)}), wrong)
 
 
 class Numbers(train.Source):

@@ -269,7 +269,6 @@ class Manifest(Source):
     def __init__(self, path, stage, config, seed):
         super().__init__(stage, config, seed)
         self.path = existing(path)
-        self.count = 0
         self.broken = set()  # lines
         self.all = {}  # task: entries
         for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
@@ -277,7 +276,6 @@ class Manifest(Source):
                 if line.strip():
                     entry = self.read_entry(number, line)
                     self.all.setdefault(entry.task, []).append(entry)
-                    self.count += 1
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: {one_line(error)}") from error
         self.tasks = [task for task in self.tasks if task in self.all]
@@ -331,9 +329,10 @@ class Manifest(Source):
             if entry.line not in self.broken:
                 tqdm.write(problem, file=sys.stderr)
                 self.broken.add(entry.line)
-            if len(self.broken) > self.count / 100:
-                share = f"{len(self.broken)} of {self.count} samples cannot be read, more than 1%"
-                raise InputError(f"{problem}; {share}")
+            count = sum(map(len, self.all.values()))
+            if len(self.broken) > count / 100:
+                broken = f"{len(self.broken)} of {count} samples cannot be read, more than 1%"
+                raise InputError(f"{problem}; {broken}")
         raise InputError(f"{self.path}: no sample of '{task}' can be read")
 
     def load(self, entry):
@@ -581,14 +580,12 @@ class Run:
 def choose_parameters(objective, prefixes):
     """Table 1's last row. What the model has and never uses stays as it is."""
     parameters = {name.removeprefix("vino."): p for name, p in objective.named_parameters()}
-    objective.requires_grad_(False)
-    for prefix in prefixes:
-        chosen = [name for name in parameters if name.startswith(str(prefix))]
-        if not chosen:
-            raise InputError(f"field 'trainable': there is no parameter '{prefix}...'")
-        for name in chosen:
-            unused = name.startswith("transformer." + MMDiT.UNUSED) or parameters[name].numel() == 0
-            parameters[name].requires_grad_(not unused)
+    unknown = [prefix for prefix in prefixes if not any(name.startswith(str(prefix)) for name in parameters)]
+    if unknown or not prefixes:
+        raise InputError(f"field 'trainable': no parameter's name begins with {unknown}")
+    for name, p in parameters.items():
+        unused = name.startswith("transformer." + MMDiT.UNUSED) or p.numel() == 0
+        p.requires_grad_(name.startswith(tuple(prefixes)) and not unused)
 
 
 def train(run):
