@@ -887,7 +887,8 @@ def start(run, found, saved):
     """Say what the run does and from where, restore it, and drop the records after its checkpoint."""
     tasks = ", ".join(run.source.tasks)
     if not tasks:
-        raise InputError(f"there are no samples of this stage's tasks: {', '.join(run.stage.mixture)}")
+        known = ", ".join(run.stage.mixture)
+        raise InputError(f"{run.args.data or 'the mixture'} has no sample of this stage's tasks: {known}")
     say(f"stage {run.args.stage} on {WORLD} x {run.device.type}: {tasks}; {run.step_size} sample(s) a step")
     say(f"from {found or f'{run.weights} (--weights chooses others)'}")
     if run.stage.warmup + run.stage.cooldown > run.stage.steps:
