@@ -24,7 +24,7 @@ from tqdm import tqdm
 from toy.world import (
     BACKGROUNDS, CELLS, COLORS, MOTIONS, SHAPES, SIZES, Object, ToyWorld, describe, make_sample, trace,
 )  # fmt: skip
-from train import TINY, contact_sheet, make_stage, panels
+from train import TINY, contact_sheet, film_strip, make_stage
 from vino import InputError, Vino, apply_rope, attend
 
 # how: a key of `ways`, see `measure`; mean: the name of a last row, of all the others
@@ -346,8 +346,10 @@ def measure(suites, samples, world, device, ways):
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
                     told = outputs[i] if is_text else sample.prompt
                     label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {told}"
-                    columns = {f"Image {k}": panels(r[i]) for k, r in enumerate(references, 1)}
-                    sheet.append((label, columns if is_text else columns | {"output": panels(outputs[i])}))
+                    columns = {f"Image {k}": film_strip(r[i]) for k, r in enumerate(references, 1)}
+                    if not is_text:
+                        columns["output"] = film_strip(outputs[i])
+                    sheet.append((label, columns))
             bar.update(len(drawn))
     bar.close()
     return results, sheet
