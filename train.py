@@ -15,6 +15,7 @@ torchrun --nproc-per-node 8 train.py --stage 3 --weights FOLDER --data samples.j
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -540,9 +541,9 @@ class Run:
         self.averages = Averages(self.parameters, stage.ema, args.ema_on_host)
 
     def load(self, step):
-        """The step's task, and this process's samples for it: a list for each batch. All
-        processes draw the same task, so that they do equal work (appendix B). A sample's number does not
-        depend on how many processes share a step."""
+        """The step's task, and this process's samples for it: a list for each batch. All processes draw the
+        same task, so that they do equal work (appendix B). A sample's number does not depend on how many
+        processes share a step."""
         size, source = self.stage.batch, self.source
         shares = [self.stage.mixture[task] for task in source.tasks]
         [task] = chance(self.args.seed, step, "task").choices(source.tasks, shares)
@@ -591,6 +592,7 @@ def choose_parameters(objective, prefixes):
 def train(run):
     """All steps that are left, then the export. Returns the exit status."""
     args, stage = run.args, run.stage
+    gc.freeze()  # imageio collects garbage whenever it closes a clip, and all threads wait for that
     bar = tqdm(total=stage.steps, initial=run.step, unit="step", disable=RANK > 0)
     with bar, ThreadPoolExecutor(1) as loader:  # which decodes the next step's samples
         upcoming = loader.submit(run.load, run.step + 1)
@@ -894,7 +896,11 @@ def start(run, found, saved):
     if run.stage.warmup + run.stage.cooldown > run.stage.steps:
         say(f"the learning rate stays below {run.stage.lr}: --warmup and --cooldown are longer than the run")
     if found:
-        restore(run, found, saved)
+        try:
+            restore(run, found, saved)
+        except (AttributeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            advice = "if it is damaged, remove it, and --resume takes the one before"
+            raise InputError(f"cannot read {found}: {one_line(error)}; {advice}") from error
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.on_signal)
     if RANK == 0:
