@@ -23,7 +23,6 @@ t, h, w count patches.
 
 import json
 import math
-import pickle
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -39,7 +38,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -165,17 +164,16 @@ def build_prompts(tokenizer, texts, references, merge, system=SYSTEM_PROMPT):
 
     closing = special("im_end") + words("\n") + special("im_start") + words("assistant\n")
     encodings = tokenizer.encode_batch([pending + text for text in texts], add_special_tokens=False)
-    own = [encoding.ids + closing for encoding in encodings]
-    longest = max(map(len, own))
-    places = torch.arange(longest) - torch.tensor([[longest - len(row)] for row in own])  # below 0: padding
-    own_positions = (1 + max(positions[-1]) + places.clamp(min=0)).expand(3, -1, -1)
-    positions = torch.tensor(positions).T[:, None].expand(-1, len(own), -1)
-    own_ids = torch.tensor([special("endoftext") * (longest - len(row)) + row for row in own])
-    ids = torch.tensor(ids).expand(len(own), -1)
-    mask = None
-    if (places < 0).any():
-        mask = F.pad(places >= 0, (ids.shape[1], 0), value=True)
-    ids, positions = torch.cat([ids, own_ids], 1), torch.cat([positions, own_positions], 2)
+    tails = [torch.tensor(encoding.ids + closing) for encoding in encodings]
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    valid = pad([torch.ones_like(tail, dtype=torch.bool) for tail in tails])  # [B, tail]
+    tails = pad(tails, padding_value=tokenizer.token_to_id("<|endoftext|>"))
+    mask = None if valid.all() else F.pad(valid, (len(ids), 0), value=True)
+    tail_positions = 1 + max(positions[-1]) + (valid.cumsum(1) - 1).clamp(min=0)
+    ids = torch.tensor(ids).expand(len(texts), -1)
+    positions = torch.tensor(positions).T[:, None].expand(-1, len(texts), -1)
+    ids = torch.cat([ids, tails], 1)
+    positions = torch.cat([positions, tail_positions.expand(3, -1, -1)], 2)
     return Prompts(ids, positions, mask, starts, ends)
 
 
@@ -191,21 +189,14 @@ class EncodedReference:
 
 
 @dataclass
-class LatentBlock:
-    """A reference in the MMDiT: its latents between the two tokens that wrap it in the VLM (2.2)."""
-
-    latents: Tensor  # [B, C, T, H, W]
-    start: Tensor | None  # [B, D], projected; None in the ablation of figure 11
-    end: Tensor | None
-
-
-@dataclass
 class Condition:
     """What the MMDiT is conditioned on."""
 
     tokens: Tensor  # [B, L, text_embed_dim]: prompt, then learnable queries
     mask: Tensor | None  # [B, L], True where valid; None where nothing is padded
-    references: list  # LatentBlocks, in the prompt's order
+    # For each reference, in order: (start, latents, end). The latents [B, C, T, H, W] stand between
+    # the projected boundary tokens [B, D] (2.2), which are None in the ablation of figure 11.
+    references: list
 
 
 class Connector(nn.Module):
@@ -253,16 +244,12 @@ class MultiModalEncoder(nn.Module):
         """
         hidden, mask, starts, ends = self.hidden_states(prompts, references)
         hidden = hidden.to(self.connector.mlp[0].weight.dtype)
-        blocks = []
+        wrapped = []
         for reference, start, end in zip(references if vae_branch else [], starts, ends):
-            if self.boundary_tokens:
-                start = self.connector_vae_branch(hidden[:, start])  # [B, D]
-                end = self.connector_vae_branch(hidden[:, end])
-            else:
-                start, end = None, None
-            latents = reference.latents.expand(len(prompts), -1, -1, -1, -1)
-            blocks.append(LatentBlock(latents, start, end))
-        return Condition(self.connector(hidden), mask, blocks)
+            start = self.connector_vae_branch(hidden[:, start]) if self.boundary_tokens else None  # [B, D]
+            end = self.connector_vae_branch(hidden[:, end]) if self.boundary_tokens else None
+            wrapped.append((start, reference.latents.expand(len(prompts), -1, -1, -1, -1), end))
+        return Condition(self.connector(hidden), mask, wrapped)
 
     def hidden_states(self, prompts, references):
         """The VLM's penultimate hidden states of the prompts and of the learnable queries that follow (2.1).
@@ -295,11 +282,8 @@ class MultiModalEncoder(nn.Module):
         embeds = self.mm_encoder.get_input_embeddings()(ids)  # [B, L, D]
         visual_mask, deepstack = None, None
         if references:
-            names = ("<|image_pad|>", "<|video_pad|>")
-            visual_mask = torch.isin(
-                prompts.ids, torch.tensor([self.tokenizer.token_to_id(n) for n in names])
-            )
-            visual_mask = visual_mask.to(ids.device)
+            image, video = (self.tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video"))
+            visual_mask = (ids == image) | (ids == video)
             layers = zip(*[[reference.features, *reference.deepstack] for reference in references])
             features, *deepstack = [
                 torch.cat([part.expand(len(ids), -1, -1) for part in layer], 1).flatten(0, 1)
@@ -664,7 +648,7 @@ class MMDiT(nn.Module):
         dtype = self.proj_out.weight.dtype
         timestep = 999 * t  # as the release scales it
         target = self.x_embedder(latents.to(dtype))  # [B, D, t, h, w]
-        references = [(r.start, self.x_embedder(r.latents.to(dtype)), r.end) for r in condition.references]
+        references = [(start, self.x_embedder(z.to(dtype)), end) for start, z, end in condition.references]
         x, positions = pack(references, target)  # [B, Lv, D], [Lv, 3]
         text = self.context_embedder(condition.tokens.to(dtype), condition.mask, timestep)  # [B, Lt, D]
         embed = self.time_text_embed
@@ -695,11 +679,9 @@ class MMDiT(nn.Module):
         if group:
             x = group.gather(x, visual)
         grid = target.shape[2:]
-        return self.unpatchify(x[:, -math.prod(grid) :], grid)
-
-    def unpatchify(self, x, grid):  # [B, t*h*w, C * patch] -> [B, C, T, H, W]
-        x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, grid)  # [B, t, h, w, C, pt, ph, pw]
-        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
+        x = x[:, -math.prod(grid) :].unflatten(-1, (-1, *self.patch)).unflatten(1, grid)
+        x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # [B, C, t, pt, h, ph, w, pw]
+        return x.flatten(6).flatten(4, 5).flatten(2, 3)
 
 
 def compiled(forward):
@@ -750,15 +732,13 @@ class Resnet(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.conv2 = CausalConv3d(out_channels, out_channels)
-        if in_channels != out_channels:
-            self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else CausalConv3d(in_channels, out_channels, kernel=1)
 
     def forward(self, x):
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
-        if hasattr(self, "conv_shortcut"):
-            x = self.conv_shortcut(x)
-        return x + hidden
+        return self.conv_shortcut(x) + hidden
 
 
 class FrameAttention(nn.Module):
@@ -771,16 +751,14 @@ class FrameAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x):  # [B, C, T, H, W]
-        tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T, H*W, C]
-        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        frames = []
-        for t in range(x.shape[2]):  # frame by frame: avoids a mask with quadratic memory
-            past = slice(0, t + 1)
-            keys = k[:, None, past].flatten(2, 3)  # [B, 1 head, frames * H*W, C]
-            values = v[:, None, past].flatten(2, 3)
-            frames.append(F.scaled_dot_product_attention(q[:, None, t], keys, values))
-        attended = self.to_out(torch.cat(frames, 1))  # [B, T, H*W, C]
-        return x + attended.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
+        tokens = self.group_norm(x).flatten(3).permute(0, 2, 3, 1)  # [B, T, H*W, C]
+        layers = (self.to_q, self.to_k, self.to_v)
+        q, k, v = (layer(tokens).flatten(1, 2)[:, :, None] for layer in layers)  # [B, T*H*W, 1 head, C]
+        frame = x.shape[3] * x.shape[4]
+        ends = range(frame, q.shape[1] + 1, frame)
+        # Frame by frame: avoids a mask with quadratic memory.
+        frames = [attend(q[:, end - frame : end], k[:, :end], v[:, :end]) for end in ends]
+        return x + self.to_out(torch.cat(frames, 1)).mT.unflatten(2, x.shape[2:])
 
 
 def downsample(channels, factor):
@@ -819,12 +797,12 @@ class MidBlock(nn.Module):
         return self.resnets[1](x)
 
 
-def levels(widths, layers, config, name, resample):
+def levels(widths, layers, groups, name, resample):
     """The levels of encoder or decoder: resnets. All but the last also resample, under the public `name`:
     always in space, and in the last two in time."""
     blocks = []
     for i, width in enumerate(widths):
-        parts = {"resnets": resnets(widths[max(i - 1, 0)], width, layers, config.norm_num_groups)}
+        parts = {"resnets": resnets(widths[max(i - 1, 0)], width, layers, groups)}
         if i < len(widths) - 1:
             factor = (2 if i >= len(widths) - 3 else 1, 2, 2)  # time, height, width
             parts[name] = nn.Sequential(resample(width, factor))
@@ -832,20 +810,16 @@ def levels(widths, layers, config, name, resample):
     return nn.Sequential(*blocks)
 
 
-def output_layers(width, channels, groups):
-    """What ends encoder and decoder."""
-    norm = nn.GroupNorm(groups, width, eps=1e-6)
-    return {"conv_norm_out": norm, "silu": nn.SiLU(), "conv_out": CausalConv3d(width, channels)}
-
-
 def build_encoder(config):
     """Pixels [B, 3, T, H, W] -> mean and log-variance of the posterior, [B, 2C, (T-1)/4 + 1, H/8, W/8]."""
     widths, groups = config.block_out_channels, config.norm_num_groups
     return chain(
         conv_in=CausalConv3d(3, widths[0]),
-        down_blocks=levels(widths, config.layers_per_block, config, "downsamplers", downsample),
+        down_blocks=levels(widths, config.layers_per_block, groups, "downsamplers", downsample),
         mid_block=MidBlock(widths[-1], groups),
-        **output_layers(widths[-1], 2 * config.latent_channels, groups),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
+        silu=nn.SiLU(),
+        conv_out=CausalConv3d(widths[-1], 2 * config.latent_channels),
     )
 
 
@@ -855,8 +829,10 @@ def build_decoder(config):
     return chain(
         conv_in=CausalConv3d(config.latent_channels, widths[0]),
         mid_block=MidBlock(widths[0], groups),
-        up_blocks=levels(widths, config.layers_per_block + 1, config, "upsamplers", Upsample),
-        **output_layers(widths[-1], 3, groups),
+        up_blocks=levels(widths, config.layers_per_block + 1, groups, "upsamplers", Upsample),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
+        silu=nn.SiLU(),
+        conv_out=CausalConv3d(widths[-1], 3),
     )
 
 
@@ -874,19 +850,19 @@ def tiled(function, x, dim, tile, stride, ratio, lead=0):
     step, overlap = int(stride * ratio), int((tile - stride) * ratio)
     result, previous = [], None
     for begin in range(0, length - lead, stride):
-        output = function(x.narrow(dim, begin, min(tile + lead, length - begin)))
-        first, output = output.split([lead, output.shape[dim] - lead], dim)
+        output = function(x.narrow(dim, begin, min(tile + lead, length - begin))).movedim(dim, 0)
+        first, output = output[:lead], output[lead:]
         if previous is None:
             result.append(first)
         else:
-            blend = min(overlap, output.shape[dim], previous.shape[dim] - step)
+            blend = min(overlap, len(output), len(previous) - step)
             weight = (torch.arange(blend, device=x.device) / blend).to(output.dtype)
-            weight = weight.view([-1 if d == dim else 1 for d in range(x.dim())])
-            head, rest = output.split([blend, output.shape[dim] - blend], dim)
-            output = torch.cat([previous.narrow(dim, step, blend) * (1 - weight) + head * weight, rest], dim)
-        result.append(output.narrow(dim, 0, min(step, output.shape[dim])))
+            weight = weight.view(-1, *[1] * (x.dim() - 1))
+            blended = previous[step : step + blend] * (1 - weight) + output[:blend] * weight
+            output = torch.cat([blended, output[blend:]])
+        result.append(output[:step])
         previous = output
-    return torch.cat(result, dim)
+    return torch.cat(result).movedim(0, dim)
 
 
 class VAE(nn.Module):
@@ -958,18 +934,12 @@ def guidance_weights(cfg_text, cfg_image):
     return {"full": cfg_text, "text_dropped": cfg_image - cfg_text, "image_dropped": 1 - cfg_image}
 
 
-def time_steps(steps, shift):
-    """Descending times [steps], starting at 1, and step sizes [steps]; the last step ends at 0."""
-    times = shift_time(torch.linspace(1, 0, steps + 1), shift)
-    return times[:-1], times[:-1] - times[1:]
-
-
 def sample(velocity, noise, steps, shift, progress=False):
     """Euler's method from noise to data, in float32. `velocity` is a function of (x, t [B])."""
     x = noise.float()
-    times, differences = time_steps(steps, shift)
-    for t, dt in zip(tqdm(times, desc="denoising", unit="step", disable=not progress), differences):
-        x = x - dt.to(x) * velocity(x, t.to(x).expand(len(x))).float()
+    times = shift_time(torch.linspace(1, 0, steps + 1), shift)
+    for t, next_t in tqdm(pairwise(times), "denoising", steps, unit="step", disable=not progress):
+        x = x - (t - next_t).to(x) * velocity(x, t.to(x).expand(len(x))).float()
     return x
 
 
@@ -1051,10 +1021,6 @@ class Vino(nn.Module):
         features, deepstack = self.mm_encoder.encode_vision(reference)
         latents = self.vae.encode(reference.pixels.to(features.device))
         return EncodedReference(latents, features, deepstack, reference.grid, reference.is_video)
-
-    def velocity(self, latents, t, condition):
-        """Predicted noise - data, [B, C, T, H, W], at times t [B]."""
-        return self.transformer(latents, t, condition)
 
     def answer(self, questions, images=(), video=None):
         """The frozen VLM's answers to B questions about References (C.1, table 9)."""
@@ -1235,20 +1201,18 @@ class SequenceParallel:
 
         rope and mask cover the whole sequence [visual, text]. In attention, tokens are ordered by process:
         visual and text of process 0, those of process 1, ... Only the mask has to follow that order."""
-        visual, words = x.shape[1], text.shape[1]
-        streams = torch.arange(visual + words, device=x.device).split([visual, words])
-        shards = [F.pad(part, (0, -len(part) % self.size), value=-1).chunk(self.size) for part in streams]
+        streams = [x.shape[1], text.shape[1]]
+        numbers = torch.arange(sum(streams), device=x.device).split(streams)
+        shards = [F.pad(part, (0, -len(part) % self.size), value=-1).view(self.size, -1) for part in numbers]
         # Which token stands where. 5 visual, 3 of text, 2 processes: [[0, 1, 2, 5, 6], [3, 4, -1, 7, -1]]
-        layout = torch.stack([torch.cat(shard) for shard in zip(*shards)])
+        layout = torch.cat(shards, 1)
         kept = (layout.flatten() >= 0).nonzero()[:, 0]
         if mask is not None:
             mask = mask[:, layout.flatten()[kept]]
-        own_rope = [part[layout[self.rank].clamp(min=0)] for part in rope]
-        return self.own(x), self.own(text), partial(self.attend, rope=own_rope, mask=mask, kept=kept)
-
-    def own(self, stream):
-        padded = F.pad(stream, (0, 0, 0, -stream.shape[1] % self.size))
-        return padded.chunk(self.size, 1)[self.rank].contiguous()
+        own = layout[self.rank].clamp(min=0)  # token 0 serves as padding
+        rope = [part[own] for part in rope]
+        x, text = torch.cat([x, text], 1)[:, own].split([part.shape[1] for part in shards], 1)
+        return x, text, partial(self.attend, rope=rope, mask=mask, kept=kept)
 
     def gather(self, x, length):
         """All shards [B, L / size, D] in their order, without padding: [B, length, D]."""
@@ -1432,17 +1396,24 @@ def existing(path):
     return Path(path)
 
 
-def read_image(path):
-    """The picture at `path` as RGB: upright, and over white where it is transparent."""
+@contextmanager
+def reading(path, kind):
+    """Turn whatever goes wrong while a file is read into an InputError of one line."""
     existing(path)
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # 16-bit gray, which `convert` would clip
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = image.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not an image, or is cut short") from error
+        yield
+    except Exception as error:  # damaged files make readers fail in many ways
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise InputError(f"{path} is not {kind}, or is cut short ({reason})") from error
+
+
+def read_image(path):
+    """The picture at `path` as RGB: upright, and over white where it is transparent."""
+    with reading(path, "an image"), Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I;16"):  # 16-bit gray, which `convert` would clip
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -1458,28 +1429,19 @@ def probe(path):
     return (height, width, turns) if turns % 2 == 0 else (width, height, turns)
 
 
-@contextmanager
-def decoding(path):
-    """Turn any decoder's error into an InputError."""
-    try:
-        yield
-    except Exception as error:  # decoders fail in many ways
-        raise InputError(f"{path} is not a video, or is cut short") from error
-
-
 def read_frames(path, area=None):
     """The frames of the clip at `path`, one after the other: uint8 [H, W, 3], upright. With `area` the
     decoder scales them to so many pixels at the clip's own aspect ratio (ffmpeg's bilinear filter)."""
-    path, filters = existing(path), None
-    with decoding(path):
+    with reading(path, "a video"):
         height, width, turns = probe(path)
+    filters = None
     if area:
         h, w = video_size(width, height, area)
         if min(h, w) < 16:
             raise InputError(f"{path}: {width} x {height} is too narrow: one side gets less than 16 pixels")
         scale = f"{w}:{h}" if turns % 2 == 0 else f"{h}:{w}"
         filters = [("scale", f"{scale}:flags=bilinear"), ("format", "rgb24")]
-    with decoding(path), imageio.imopen(path, "r", plugin="pyav") as file:
+    with reading(path, "a video"), imageio.imopen(path, "r", plugin="pyav") as file:
         for frame in file.iter(format="rgb24", filter_sequence=filters):
             yield np.rot90(frame, turns)
 
@@ -1497,13 +1459,8 @@ def read_video(path, frames, area, config, length=None):
 
 
 def read_json(path):
-    path = existing(path)
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON, or is cut short ({error})") from error
+    with reading(path, "JSON"):
+        return json.loads(Path(path).read_bytes())
 
 
 SPECIAL_TOKENS = (
@@ -1605,7 +1562,7 @@ def open_weights(weights, config, device):
         return config or Config(), byte_tokenizer(), None
     if Path(weights).suffix == ".safetensors":
         config, tokenizer = read_metadata(weights, config)
-        return config, tokenizer, read_safetensors([weights], "", device)
+        return config, tokenizer, read_safetensors(Path(weights), "", device)
     if str(weights) == "hub":
         vlm, base, vino = (download(name, files) for name, files in HUB.items())
     else:
@@ -1645,38 +1602,27 @@ def read_public(vlm, base, ckpt, config, device):
     for part, folder in ((qwen, vlm), (ours["mmdit"], base / "transformer"), (ours["vae"], base / "vae")):
         path = folder / "config.json"
         agree(part, read_json(path), folder.name, path)
-    yield from read_safetensors(shards(vlm), "mm_encoder.mm_encoder.", device)
-    yield from read_safetensors(shards(base / "vae"), "vae.", device)
+    yield from read_safetensors(vlm, "mm_encoder.mm_encoder.", device)
+    yield from read_safetensors(base / "vae", "vae.", device)
     trained = read_checkpoint(ckpt)
     for name, tensor in trained.items():
         if not name.startswith("mm_encoder.mm_encoder."):  # the frozen VLM again
             yield name, tensor
-    yield from read_safetensors(shards(base / "transformer"), "transformer.", device, skip=trained)
-
-
-def shards(folder):
-    """The safetensors files of a folder: those its index names, or the only one."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        names = sorted(set(read_json(indexes[0])["weight_map"].values()))
-        return [existing(folder / name) for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} holds no .safetensors file")
-    return files
+    yield from read_safetensors(base / "transformer", "transformer.", device, skip=trained)
 
 
 def open_safetensors(path, device="cpu"):
-    try:
-        return safe_open(existing(path), "pt", device=str(device))
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a safetensors file, or is cut short ({error})") from error
+    with reading(path, "a safetensors file"):
+        return safe_open(path, "pt", device=str(device))
 
 
-def read_safetensors(paths, prefix, device, skip=()):
-    """(name, tensor on `device`) of the tensors in the files, one by one, but for the names in `skip`."""
-    for path in paths:
-        with open_safetensors(path, device) as file:
+def read_safetensors(path, prefix, device, skip=()):
+    """(name, tensor on `device`) of all tensors in a file or in a folder's files but those in `skip`."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path} holds no .safetensors file")
+    for part in files:
+        with open_safetensors(part, device) as file:
             for name in file.keys():
                 if prefix + name not in skip:
                     yield prefix + name, file.get_tensor(name)
@@ -1684,10 +1630,8 @@ def read_safetensors(paths, prefix, device, skip=()):
 
 def read_checkpoint(path):
     """{name: tensor} of a `.ckpt` of torch. A tensor is read from the file when it is used."""
-    try:
-        tensors = torch.load(existing(path), map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is not a checkpoint of plain tensors, or is cut short") from error
-    if not (isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
-        raise InputError(f"{path} holds something other than named tensors")
+    with reading(path, "a checkpoint of named tensors"):
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError("it holds something other than tensors")
     return tensors
