@@ -323,10 +323,10 @@ def test_tiles_give_the_whole_where_they_agree_and_are_blended_where_they_do_not
         return torch.cat([part[:, :, :1], part[:, :, 1:].repeat_interleave(4, 2)], 2)
 
     x = torch.randn(1, 2, 23, 50, 41)
-    torch.testing.assert_close(vino.tiled(torch.abs, x, 3, 16, 12, 1), x.abs())
-    torch.testing.assert_close(vino.tiled(grow, x, 2, 4, 3, 4, lead=1), grow(x))
+    torch.testing.assert_close(vino.tiled(torch.abs, x, 3, (16, 12), 1), x.abs())
+    torch.testing.assert_close(vino.tiled(grow, x, 2, (16, 12), 4, lead=1), grow(x))
     numbers = itertools.count()
-    blended = vino.tiled(lambda part: torch.full_like(part, next(numbers)), torch.zeros(28), 0, 16, 12, 1)
+    blended = vino.tiled(lambda part: torch.full_like(part, next(numbers)), torch.zeros(28), 0, (16, 12), 1)
     assert blended.tolist() == [0] * 12 + [0, 0.25, 0.5, 0.75] + [1] * 8 + [1, 1.25, 1.5, 1.75]
 
 
@@ -1135,9 +1135,9 @@ def test_a_damaged_checkpoint_or_one_of_another_run_is_one_clear_error(
 def test_the_ablations_train_and_their_export_knows_what_is_missing(switch, small_config, tmp_path, photo):
     run(small_config, tmp_path, switch, "--steps=2", SILENT)
     model = Vino.load(tmp_path / "final.safetensors")
-    own, [(start, _, _)] = model.config, model.mm_encoder(["x"], [model.encode(photo)]).references
+    own, [(first, _, _)] = model.config, model.mm_encoder(["x"], [model.encode(photo)]).references
     assert (own.num_queries, own.boundary_tokens) == ((0, True) if switch == "--no-queries" else (4, False))
-    assert (start is not None) == own.boundary_tokens
+    assert (first is not None) == own.boundary_tokens
     assert model.generate(["x"], [photo], size=(1, 48, 80), steps=1).isfinite().all()
     start(small_config, tmp_path, switch, "--resume")
 

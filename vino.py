@@ -124,45 +124,39 @@ class Prompts:
 def build_prompts(tokenizer, texts, references, merge, system=SYSTEM_PROMPT):
     """Figure 4 for each of B texts: system line, images, video, the user's text.
 
-    Args:
-        references: objects with `grid`, (t, h, w) in patches, and `is_video`; images before the one video.
-        merge: the VLM's spatial_merge_size: merge x merge patches make one token.
+    A reference has `grid`, (t, h, w) in patches, and `is_video`; images stand before the one video.
+    `merge` is the VLM's spatial_merge_size: merge x merge patches make one token.
     """
-    tokenizer.encode_special_tokens = True  # special tokens spelled in user text are encoded as plain text
     ids, positions, starts, ends = [], [], [], []  # of what all prompts share
 
-    def special(name):
-        return [tokenizer.token_to_id(f"<|{name}|>")]
-
-    def words(text):
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    def append(tokens):
+    def append(text):
+        tokens = tokenizer.encode(text, add_special_tokens=False).ids
         begin = 1 + max(positions[-1]) if positions else 0
         ids.extend(tokens)
         positions.extend((place, place, place) for place in range(begin, begin + len(tokens)))
 
-    append(special("im_start") + words(f"system\n{system}") + special("im_end") + words("\n"))
-    append(special("im_start"))
+    tokenizer.encode_special_tokens = False  # <|...|> is one token
+    append(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>")
     pending = "user\n"  # tokenised with the text that follows: a token may cross the border
     for number, reference in enumerate(references, 1):
         t, h, w = reference.grid[0], reference.grid[1] // merge, reference.grid[2] // merge
+        pad = tokenizer.token_to_id("<|video_pad|>" if reference.is_video else "<|image_pad|>")
         pending += "Video 1: " if reference.is_video else f"Image {number}: "
         for pair in range(t):  # two frames of a video each; an image is one
             if reference.is_video:  # their mean timestamp at an assumed 24 frames a second
                 pending += f"<{(2 * pair + 0.5) / 24:.1f} seconds>"
-            append(words(pending))
+            append(pending + "<|vision_start|>")
             pending = ""
             if pair == 0:
-                starts.append(len(ids))
-            append(special("vision_start"))
+                starts.append(len(ids) - 1)
             begin = 1 + max(positions[-1])
-            ids.extend(special("video_pad" if reference.is_video else "image_pad") * (h * w))
+            ids.extend([pad] * (h * w))
             positions.extend((begin, begin + row, begin + column) for row in range(h) for column in range(w))
-            append(special("vision_end"))
+            append("<|vision_end|>")
         ends.append(len(ids) - 1)
+    closing = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).ids
 
-    closing = special("im_end") + words("\n") + special("im_start") + words("assistant\n")
+    tokenizer.encode_special_tokens = True  # spelled in a user's text, <|...|> is plain text
     encodings = tokenizer.encode_batch([pending + text for text in texts], add_special_tokens=False)
     tails = [torch.tensor(encoding.ids + closing) for encoding in encodings]
     pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
@@ -182,8 +176,7 @@ class EncodedReference:
     """A reference after both encoders: independent of the prompt, so all guidance branches share it."""
 
     latents: Tensor  # [B, C, T, H, W], scaled
-    features: Tensor  # [B, t*h*w / 4, D] of the VLM
-    deepstack: list  # same shape; one entry for each early layer of the language model that adds them
+    features: list  # [B, t*h*w / 4, D]: the VLM's input, then what each of its first layers adds (deepstack)
     grid: tuple  # (t, h, w) in patches
     is_video: bool
 
@@ -199,17 +192,11 @@ class Condition:
     references: list
 
 
-class Connector(nn.Module):
+def connector(in_dim, out_dim):
     """Two-layer MLP from the VLM's hidden states to the MMDiT (2.1), behind the release's norm."""
-
-    def __init__(self, in_dim, out_dim):
-        super().__init__()
-        hidden = 4 * out_dim
-        self.norm_qwen = nn.RMSNorm(in_dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, out_dim))
-
-    def forward(self, hidden):  # [..., in_dim] -> [..., out_dim]
-        return self.mlp(self.norm_qwen(hidden))
+    hidden = 4 * out_dim
+    mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, out_dim))
+    return chain(norm_qwen=nn.RMSNorm(in_dim, eps=1e-6), mlp=mlp)
 
 
 class MultiModalEncoder(nn.Module):
@@ -228,19 +215,15 @@ class MultiModalEncoder(nn.Module):
         self.mm_encoder = build_vlm(config).requires_grad_(False)
         # The learnable queries: the paper's learnable tokens.
         self.metaquery = nn.Parameter(torch.randn(config.num_queries, width) / math.sqrt(width))
-        self.connector = Connector(width, config.mmdit.text_embed_dim)
-        self.connector_vae_branch = Connector(width, config.mmdit.width)
+        self.connector = connector(width, config.mmdit.text_embed_dim)
+        self.connector_vae_branch = connector(width, config.mmdit.width)
 
     def forward(self, prompts, references, vae_branch=True):
-        """The MMDiT's condition.
+        """The MMDiT's condition for B prompts about EncodedReferences, images before the video.
 
         A boundary token is the VLM's penultimate hidden state at <|vision_start|> or <|vision_end|> (2.2;
-        figure 5: "projected from the VLM output"), and not the token's input embedding.
-
-        Args:
-            prompts: B texts.
-            references: EncodedReferences of batch size B or 1, images before the video.
-            vae_branch: False shows the references to the VLM only (image reconstruction, appendix B).
+        figure 5: "projected from the VLM output"), and not the token's input embedding. Without `vae_branch`
+        only the VLM sees the references (image reconstruction, appendix B).
         """
         hidden, mask, starts, ends = self.hidden_states(prompts, references)
         hidden = hidden.to(self.connector.mlp[0].weight.dtype)
@@ -258,8 +241,7 @@ class MultiModalEncoder(nn.Module):
         to it, with gradient. Attention is causal, so this equals a single pass, but keeps no activations of
         the prompt for the backward pass.
 
-        Returns: hidden [B, L, D], mask [B, L] or None, and the indices of the references' boundary tokens,
-            starts and ends, of each reference.
+        Returns: hidden [B, L, D], mask [B, L] or None, and Prompts' starts and ends.
         """
         prompts = build_prompts(self.tokenizer, prompts, references, self.merge)
         cache = DynamicCache()
@@ -276,27 +258,25 @@ class MultiModalEncoder(nn.Module):
         return hidden, mask, prompts.starts, prompts.ends
 
     def prefill(self, prompts, references, cache):
-        """Run Prompts and their references' features through the language model, and fill `cache` with their
-        keys and values -> last and penultimate hidden states, both [B, L, D]."""
+        """Run Prompts with their references' features through the language model, and fill `cache` ->
+        last and penultimate hidden states, both [B, L, D]."""
         ids = prompts.ids.to(self.metaquery.device, non_blocking=True)
         embeds = self.mm_encoder.get_input_embeddings()(ids)  # [B, L, D]
         visual_mask, deepstack = None, None
         if references:
             image, video = (self.tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video"))
             visual_mask = (ids == image) | (ids == video)
-            layers = zip(*[[reference.features, *reference.deepstack] for reference in references])
             features, *deepstack = [
-                torch.cat([part.expand(len(ids), -1, -1) for part in layer], 1).flatten(0, 1)
-                for layer in layers  # in the order of their placeholders: [B * tokens, D]
+                torch.cat([part.expand(len(ids), -1, -1) for part in layer], 1).flatten(0, 1)  # [B * n, D]
+                for layer in zip(*[reference.features for reference in references])
             ]
             embeds = embeds.masked_scatter(visual_mask[..., None], features.to(embeds.dtype))
         return self.language(embeds, prompts.positions, prompts.mask, cache, visual_mask, deepstack)
 
     def language(self, embeds, positions, mask, cache, visual_mask=None, deepstack=None):
-        """Run the language model on `embeds`, after what is in `cache` -> last and penultimate hidden states.
-
-        Args: embeds [B, L, D]; positions [3, B, L]; mask [B, all tokens so far]; visual_mask [B, L], True at
-        the tokens that get the deepstack features, each [tokens, D], in the first layers."""
+        """Run the language model on embeds [B, L, D] after what is in `cache` -> last and penultimate hidden
+        states. `mask` covers all tokens so far; where `visual_mask` [B, L] is True the first layers add the
+        deepstack features, each [tokens, D]."""
         positions = positions.to(embeds.device)
         mask = None if mask is None else mask.to(embeds.device, torch.long)
         with sdpa_kernel(ANY_LENGTH):  # prompts differ in length
@@ -308,7 +288,7 @@ class MultiModalEncoder(nn.Module):
         return output.last_hidden_state, output.hidden_states[-2]
 
     def encode_vision(self, reference):
-        """The vision tower on a Reference: features [B, n, D], and the same for each deepstack layer."""
+        """The vision tower on a Reference: the features of an EncodedReference."""
         vision = self.mm_encoder.model.visual
         batch = len(reference.patches)
         patches = reference.patches.flatten(0, 1).to(self.metaquery.device, vision.dtype)
@@ -317,7 +297,7 @@ class MultiModalEncoder(nn.Module):
             features, deepstack = output
         else:
             features, deepstack = output.pooler_output, output.deepstack_features
-        return features.unflatten(0, (batch, -1)), [layer.unflatten(0, (batch, -1)) for layer in deepstack]
+        return [layer.unflatten(0, (batch, -1)) for layer in (features, *deepstack)]
 
     @torch.no_grad()
     def answer(self, prompts, references=(), system=SYSTEM_PROMPT, max_new_tokens=256):
@@ -637,14 +617,8 @@ class MMDiT(nn.Module):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
     def forward(self, latents, t, condition, group=None):
-        """Velocity (noise - data) of the noisy target under one condition.
-
-        Args:
-            latents: [B, C, T, H, W], the target at time t [B] in [0, 1], 1 = noise.
-            condition: a Condition of batch size B.
-            group: a SequenceParallel of processes that share the tokens.
-        Returns: [B, C, T, H, W].
-        """
+        """Velocity (noise - data) of the target's latents [B, C, T, H, W] at times t [B], where 1 is noise,
+        under a Condition. `group` is a SequenceParallel of processes that share the tokens."""
         dtype = self.proj_out.weight.dtype
         timestep = 999 * t  # as the release scales it
         target = self.x_embedder(latents.to(dtype))  # [B, D, t, h, w]
@@ -652,8 +626,8 @@ class MMDiT(nn.Module):
         x, positions = pack(references, target)  # [B, Lv, D], [Lv, 3]
         text = self.context_embedder(condition.tokens.to(dtype), condition.mask, timestep)  # [B, Lt, D]
         embed = self.time_text_embed
-        guidance = torch.full_like(timestep, 1000.0)  # the release feeds the base model's guidance a constant
         embedding = embed.timestep_embedder(sinusoid(timestep, dtype))  # [B, D]
+        guidance = torch.full_like(timestep, 1000.0)  # the release feeds the base model's guidance a constant
         embedding = embedding + embed.guidance_embedder(sinusoid(guidance, dtype))
 
         visual = x.shape[1]
@@ -710,17 +684,11 @@ class VAEConfig:
     untiled_area: int = 2**19  # frames of up to this many pixels are not tiled in space
 
 
-class CausalConv3d(nn.Module):
+def causal_conv(in_channels, out_channels, kernel=3, stride=1):
     """3D convolution with replicate padding: on both sides in space, only before the first frame in time."""
-
-    def __init__(self, in_channels, out_channels, kernel=3, stride=1):
-        super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
-        side = (kernel - 1) // 2
-        self.padding = (side, side, side, side, kernel - 1, 0)  # width, height, time
-
-    def forward(self, x):
-        return self.conv(F.pad(x, self.padding, mode="replicate"))
+    side = (kernel - 1) // 2
+    pad = nn.ReplicationPad3d((side, side, side, side, kernel - 1, 0))  # width, height, time
+    return chain(pad=pad, conv=nn.Conv3d(in_channels, out_channels, kernel, stride))
 
 
 class Resnet(nn.Module):
@@ -729,11 +697,11 @@ class Resnet(nn.Module):
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.conv1 = causal_conv(in_channels, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.conv2 = CausalConv3d(out_channels, out_channels)
+        self.conv2 = causal_conv(out_channels, out_channels)
         same = in_channels == out_channels
-        self.conv_shortcut = nn.Identity() if same else CausalConv3d(in_channels, out_channels, kernel=1)
+        self.conv_shortcut = nn.Identity() if same else causal_conv(in_channels, out_channels, kernel=1)
 
     def forward(self, x):
         hidden = self.conv1(F.silu(self.norm1(x)))
@@ -761,26 +729,17 @@ class FrameAttention(nn.Module):
         return x + self.to_out(torch.cat(frames, 1)).mT.unflatten(2, x.shape[2:])
 
 
-def downsample(channels, factor):
-    return chain(conv=CausalConv3d(channels, channels, stride=factor))
-
-
 class Upsample(nn.Module):
     """Nearest-neighbour upsampling, then a convolution. In time the first frame is not repeated."""
 
     def __init__(self, channels, factor):
         super().__init__()
         self.factor = factor
-        self.conv = CausalConv3d(channels, channels)
+        self.conv = causal_conv(channels, channels)
 
     def forward(self, x):
         repeated = F.interpolate(x, scale_factor=self.factor)
         return self.conv(repeated[:, :, self.factor[0] - 1 :])
-
-
-def resnets(in_channels, out_channels, layers, groups):
-    widths = [in_channels] + [out_channels] * layers
-    return nn.Sequential(*[Resnet(a, b, groups) for a, b in pairwise(widths)])
 
 
 class MidBlock(nn.Module):
@@ -789,7 +748,7 @@ class MidBlock(nn.Module):
     def __init__(self, channels, groups):
         super().__init__()
         self.attentions = nn.ModuleList([FrameAttention(channels, groups)])
-        self.resnets = resnets(channels, channels, 2, groups)
+        self.resnets = nn.ModuleList([Resnet(channels, channels, groups) for _ in range(2)])
 
     def forward(self, x):
         x = self.resnets[0](x)
@@ -797,15 +756,18 @@ class MidBlock(nn.Module):
         return self.resnets[1](x)
 
 
-def levels(widths, layers, groups, name, resample):
-    """The levels of encoder or decoder: resnets. All but the last also resample, under the public `name`:
-    always in space, and in the last two in time."""
+def levels(widths, layers, groups, up):
+    """The levels of the encoder or, with `up`, of the decoder. All but the last end with a change of size:
+    always in space, in the last two in time as well."""
     blocks = []
-    for i, width in enumerate(widths):
-        parts = {"resnets": resnets(widths[max(i - 1, 0)], width, layers, groups)}
-        if i < len(widths) - 1:
-            factor = (2 if i >= len(widths) - 3 else 1, 2, 2)  # time, height, width
-            parts[name] = nn.Sequential(resample(width, factor))
+    for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
+        resnets = [Resnet(before, width, groups)] + [Resnet(width, width, groups) for _ in range(layers - 1)]
+        parts = {"resnets": nn.Sequential(*resnets)}
+        factor = (2 if i >= len(widths) - 3 else 1, 2, 2)  # time, height, width
+        if up and i < len(widths) - 1:
+            parts["upsamplers"] = nn.Sequential(Upsample(width, factor))
+        elif i < len(widths) - 1:
+            parts["downsamplers"] = nn.Sequential(chain(conv=causal_conv(width, width, stride=factor)))
         blocks.append(chain(**parts))
     return nn.Sequential(*blocks)
 
@@ -814,12 +776,12 @@ def build_encoder(config):
     """Pixels [B, 3, T, H, W] -> mean and log-variance of the posterior, [B, 2C, (T-1)/4 + 1, H/8, W/8]."""
     widths, groups = config.block_out_channels, config.norm_num_groups
     return chain(
-        conv_in=CausalConv3d(3, widths[0]),
-        down_blocks=levels(widths, config.layers_per_block, groups, "downsamplers", downsample),
+        conv_in=causal_conv(3, widths[0]),
+        down_blocks=levels(widths, config.layers_per_block, groups, up=False),
         mid_block=MidBlock(widths[-1], groups),
         conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
         silu=nn.SiLU(),
-        conv_out=CausalConv3d(widths[-1], 2 * config.latent_channels),
+        conv_out=causal_conv(widths[-1], 2 * config.latent_channels),
     )
 
 
@@ -827,23 +789,23 @@ def build_decoder(config):
     """Latents [B, C, T, H, W] -> pixels [B, 3, 4(T-1) + 1, 8H, 8W]."""
     widths, groups = config.block_out_channels[::-1], config.norm_num_groups
     return chain(
-        conv_in=CausalConv3d(config.latent_channels, widths[0]),
+        conv_in=causal_conv(config.latent_channels, widths[0]),
         mid_block=MidBlock(widths[0], groups),
-        up_blocks=levels(widths, config.layers_per_block + 1, groups, "upsamplers", Upsample),
+        up_blocks=levels(widths, config.layers_per_block + 1, groups, up=True),
         conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
         silu=nn.SiLU(),
-        conv_out=CausalConv3d(widths[-1], 3),
+        conv_out=causal_conv(widths[-1], 3),
     )
 
 
-def tiled(function, x, dim, tile, stride, ratio, lead=0):
-    """Apply `function` to overlapping tiles of x along `dim` and blend where they overlap. A tile begins
-    every `stride`, is `tile` + `lead` long, and all but the first drop the first `lead` of their output.
+def tiled(function, x, dim, sizes, ratio, lead=0):
+    """Apply `function` to overlapping tiles of x along `dim` and blend where they overlap.
 
-    Args:
-        tile, stride: in units of x. ratio: the output's length over the input's.
-        lead: 1 along time, where a tile's first frame has no past.
+    The result is `ratio` times as long as x. A tile of `sizes` (length, stride), in frames or pixels, begins
+    every stride. `lead` is 1 along time, where a tile's first frame has no past: tiles are longer by that
+    frame, and all but the first drop its output.
     """
+    tile, stride = (int(size / max(ratio, 1)) for size in sizes)  # of x: latents are fewer than pixels
     length = x.shape[dim]
     if length <= tile:
         return function(x)
@@ -878,14 +840,11 @@ class VAE(nn.Module):
 
     def in_tiles(self, function, x, space, time):
         """Apply `function` to x in tiles: in time always, as the public model does; in space only where
-        frames are large. `space` and `time` are how much longer the result is than x. The config counts
-        pixels and frames, of which the decoder's x, latents, has fewer."""
-        frames = [int(n / max(time, 1)) for n in self.config.tile_frames]
-        sides = [int(n / max(space, 1)) for n in self.config.tile_pixels]
+        frames are large. `space` and `time` are how much longer the result is than x."""
         if x.shape[3] * x.shape[4] * max(space, 1) ** 2 > self.config.untiled_area:
-            in_columns = partial(tiled, function, dim=4, tile=sides[0], stride=sides[1], ratio=space)
-            function = partial(tiled, in_columns, dim=3, tile=sides[0], stride=sides[1], ratio=space)
-        return tiled(function, x, 2, *frames, time, lead=1)
+            for dim in (4, 3):
+                function = partial(tiled, function, dim=dim, sizes=self.config.tile_pixels, ratio=space)
+        return tiled(function, x, 2, self.config.tile_frames, time, lead=1)
 
     def moments(self, pixels):
         """The posterior's mean and log-variance, each [B, C, T, H, W], not scaled."""
@@ -913,9 +872,7 @@ def shift_time(u, shift):
 
 def flow_loss(velocity, data, noise, u, shift):
     """Rectified flow: on the straight line x_t = (1 - t) data + t noise the velocity is noise - data.
-
-    Args: velocity, the function of (x_t, t) that predicts it; data, noise [B, C, T, H, W]; u [B], uniform in
-    [0, 1]. Returns the squared error of each sample, [B]."""
+    -> the squared error [B] of velocity(x_t, t), for data and noise [B, C, T, H, W] and uniform u [B]."""
     t = shift_time(u, shift)
     weight = t.view(-1, 1, 1, 1, 1)
     x_t = (1 - weight) * data + weight * noise
@@ -1018,9 +975,9 @@ class Vino(nn.Module):
     @torch.no_grad()
     def encode(self, reference):
         """Both encoders on a Reference (2.2) -> EncodedReference."""
-        features, deepstack = self.mm_encoder.encode_vision(reference)
-        latents = self.vae.encode(reference.pixels.to(features.device))
-        return EncodedReference(latents, features, deepstack, reference.grid, reference.is_video)
+        features = self.mm_encoder.encode_vision(reference)
+        latents = self.vae.encode(reference.pixels.to(features[0].device))
+        return EncodedReference(latents, features, reference.grid, reference.is_video)
 
     def answer(self, questions, images=(), video=None):
         """The frozen VLM's answers to B questions about References (C.1, table 9)."""
@@ -1045,11 +1002,8 @@ class Vino(nn.Module):
     def branches(self, prompts, negatives, references, base, cfg_text, cfg_image):
         """The guidance branches of non-zero weight (appendix B): {name: (weight, Condition)}.
 
-        Args:
-            prompts, negatives: lists of B texts; a negative prompt replaces a dropped one.
-            references: EncodedReferences. "text_dropped" keeps all of them. "image_dropped" drops the text,
-                too, and keeps the video and, with `base`, the last image, the one being edited; without any
-                other image there is no image guidance.
+        "text_dropped" has negative prompts and all references. "image_dropped" has negative prompts, the
+        video and, with `base`, the last image, the one being edited; no other image, no image guidance.
         """
         images = [reference for reference in references if not reference.is_video]
         dropped = images[:-1] if base else images
@@ -1070,8 +1024,7 @@ class Vino(nn.Module):
         """Make an image or a video for each prompt.
 
         Args:
-            prompts: B texts; `images` (References, in order) and `video` (a Reference) are named in them as
-                Image 1, Image 2, ..., Video 1. References have batch size B or 1.
+            prompts: B texts, which name the References `images` and `video` Image 1, Image 2, ..., Video 1.
             size: (frames, height, width) of the result: 4k + 1, and multiples of 16.
             base: the last image is the one being edited, the others are references for the edit.
             steps, shift, cfg_text, cfg_image, negative_prompt: by default the config's, for image or video.
@@ -1113,13 +1066,9 @@ class Vino(nn.Module):
     def load(cls, weights, config=None, device="cpu", dtype=torch.float32):
         """Build the model on `meta` and stream its weights straight to `device` and `dtype`.
 
-        Args:
-            weights: a `.safetensors` file of this project; a folder with the public weights
-                (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or "random"
-                for random weights from a fixed seed.
-            config: a Config; by default the file's own, else the full size.
-        Raises: InputError that names the file, and the tensor or field that is missing, unexpected or of the
-            wrong shape.
+        `weights`: a `.safetensors` file of this project; a folder with the public weights
+        (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or "random", from a
+        fixed seed. `config`: by default the file's own, else the full size.
         """
         config, tokenizer, stream = open_weights(weights, config, device)
         with torch.device("meta"):
@@ -1138,8 +1087,8 @@ class Vino(nn.Module):
                 raise InputError(f"{source}: tensor '{name}' has shape {shapes}")
             tensors[name] = tensor.to(device, dtype)
         for name, parameter in expected.items():
-            if name.startswith("transformer." + MMDiT.UNUSED) and name not in tensors:
-                tensors[name] = torch.zeros(parameter.shape, dtype=dtype, device=device)
+            if name.startswith("transformer." + MMDiT.UNUSED):
+                tensors.setdefault(name, torch.zeros(parameter.shape, dtype=dtype, device=device))
         missing = sorted(expected.keys() - tensors.keys())
         if missing:
             raise InputError(f"{source}: tensor '{missing[0]}' is missing ({len(missing)} in all)")
@@ -1249,12 +1198,11 @@ def subgroup(size, group):
 
 
 def share_branches(branches, group):
-    """Divide guidance branches among a group's processes: a team for each branch if that divides evenly, else
-    one team for all branches. A team splits the tokens.
+    """Divide guidance branches, (weight, Condition), among a group's processes: a team for each branch if
+    that divides evenly, else one team for all. A team splits the tokens.
 
-    Args: (weight, Condition) of each branch.
-    Returns: those of this process, weighted so that the sum over all processes is the guided velocity, and
-        the team's SequenceParallel, or None."""
+    Returns: the branches of this process, weighted so that the sum over all processes is the guided velocity,
+        and its team's SequenceParallel or None."""
     if group is None:
         return branches, None
     teams = len(branches) if group.size() % len(branches) == 0 else 1
@@ -1338,14 +1286,8 @@ def normalize(frames):
 
 
 def patchify(pixels, config):
-    """Pixels as Qwen's vision tower takes them: merged 2 x 2 groups first, a lone frame repeated in time.
-
-    Args:
-        pixels: [B, 3, T, H, W] in [-1, 1]; H and W multiples of patch_size * spatial_merge_size.
-        config: a VisionConfig.
-    Returns:
-        patches [B, t*h*w, 3 * temporal_patch_size * patch_size**2] and the grid (t, h, w).
-    """
+    """Pixels [B, 3, T, H, W] in [-1, 1] as Qwen's vision tower takes them: merged 2 x 2 groups first, a lone
+    frame repeated in time -> patches [B, t*h*w, 3 * 2 * 16 * 16] and the grid (t, h, w)."""
     p, m, q = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     repeats = -pixels.shape[2] % q
     pixels = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, repeats, -1, -1)], dim=2)
@@ -1417,29 +1359,23 @@ def read_image(path):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def probe(path):
-    """Height and width of a clip's upright frames, and how many quarter turns make its frames upright."""
-    with imageio.imopen(path, "r", plugin="pyav") as file:
-        height, width = file.properties(0).shape[:2]
-        matrix = file.metadata(0).get("DISPLAYMATRIX")
-    if matrix is None:
-        return height, width, 0
-    a, b = np.frombuffer(matrix, np.int32)[:2] / 2**16  # cosine and sine of a turn to the right
-    turns = round(-math.atan2(b, a) / (math.pi / 2)) % 4
-    return (height, width, turns) if turns % 2 == 0 else (width, height, turns)
-
-
 def read_frames(path, area=None):
     """The frames of the clip at `path`, one after the other: uint8 [H, W, 3], upright. With `area` the
     decoder scales them to so many pixels at the clip's own aspect ratio (ffmpeg's bilinear filter)."""
-    with reading(path, "a video"):
-        height, width, turns = probe(path)
-    filters = None
+    with reading(path, "a video"), imageio.imopen(path, "r", plugin="pyav") as file:
+        height, width = file.properties(0).shape[:2]
+        matrix = file.metadata(0).get("DISPLAYMATRIX")
+    turns, filters = 0, None
+    if matrix is not None:
+        cosine, sine = np.frombuffer(matrix, np.int32)[:2] / 2**16  # of a turn to the right
+        turns = round(-math.atan2(sine, cosine) / (math.pi / 2)) % 4  # quarters that make frames upright
     if area:
+        if turns % 2:
+            width, height = height, width
         h, w = video_size(width, height, area)
         if min(h, w) < 16:
             raise InputError(f"{path}: {width} x {height} is too narrow: one side gets less than 16 pixels")
-        scale = f"{w}:{h}" if turns % 2 == 0 else f"{h}:{w}"
+        scale = f"{h}:{w}" if turns % 2 else f"{w}:{h}"
         filters = [("scale", f"{scale}:flags=bilinear"), ("format", "rgb24")]
     with reading(path, "a video"), imageio.imopen(path, "r", plugin="pyav") as file:
         for frame in file.iter(format="rgb24", filter_sequence=filters):
