@@ -343,11 +343,9 @@ def pack(references, target):
     frames, and its height and width start at 0. The target follows the last reference.
 
     Args:
-        references: (start, patches, end) of each, in the prompt's order: boundary tokens [B, D] or None, and
-            patch embeddings [B, D, T, H, W].
-        target: patch embeddings [B, D, T, H, W].
-    Returns:
-        tokens [B, L, D], the target's last, and positions [L, 3] in time, height and width.
+        references: (start, patches, end) of each: boundary tokens [B, D] or None, patches [B, D, T, H, W].
+        target: patches [B, D, T, H, W].
+    Returns: tokens [B, L, D], the target's last, and positions [L, 3] in time, height and width.
     """
     pieces = []
     for start, patches, end in references:
@@ -1034,15 +1032,12 @@ class Vino(nn.Module):
         """
         defaults = self.config.sampling
         kind = 0 if size[0] == 1 else 1
+        shift = defaults.shift[kind] if shift is None else shift
+        cfg_text = defaults.cfg_text[kind] if cfg_text is None else cfg_text
+        cfg_image = defaults.cfg_image if cfg_image is None else cfg_image
         negative = defaults.negative_prompt[kind] if negative_prompt is None else negative_prompt
-        branches = self.branches(
-            prompts,
-            [negative] * len(prompts),
-            self.encode_all(images, video),
-            base,
-            defaults.cfg_text[kind] if cfg_text is None else cfg_text,
-            defaults.cfg_image if cfg_image is None else cfg_image,
-        )
+        references, negatives = self.encode_all(images, video), [negative] * len(prompts)
+        branches = self.branches(prompts, negatives, references, base, cfg_text, cfg_image)
         branches, parallel = share_branches(list(branches.values()), group)
 
         def guided(x, t):
@@ -1056,7 +1051,6 @@ class Vino(nn.Module):
             seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in seeds])
         noise = noise.to(self.mm_encoder.metaquery.device)
-        shift = defaults.shift[kind] if shift is None else shift
         latents = sample(guided, noise, steps or defaults.steps, shift, progress)
         if group and group.rank() > 0:
             return None
@@ -1142,8 +1136,8 @@ class SequenceParallel:
 
     def __init__(self, group):
         self.group = group
-        self.size = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
+        self.size = group.size()
+        self.rank = group.rank()
 
     def shard(self, x, text, rope, mask):
         """This process's shard of both streams [B, L, D], and the attention over all shards.
@@ -1192,9 +1186,7 @@ class SequenceParallel:
         return received.movedim(0, join).flatten(join, join + 1)
 
 
-@lru_cache  # subgroups are made once, by all processes together
-def subgroup(size, group):
-    return dist.new_subgroups(size, group)[0]
+subgroups = lru_cache(dist.new_subgroups)  # made once, by all processes together
 
 
 def share_branches(branches, group):
@@ -1209,22 +1201,21 @@ def share_branches(branches, group):
     size = group.size() // teams
     own = branches[group.rank() // size :: teams]
     own = [(weight / size, branch) for weight, branch in own]  # each of a team adds the same velocity
-    return own, SequenceParallel(subgroup(size, group)) if size > 1 else None
+    return own, SequenceParallel(subgroups(size, group)[0]) if size > 1 else None
 
 
 # --- 8. Reference pixels: letterboxing, resizing, the VLM's patches -----------------------------------------
 
 
-def letterbox_size(width, height, area, multiple=16):
-    """(h, w), multiples of `multiple`, of the area closest to `area` at the aspect ratio width / height."""
+def letterbox_size(width, height, area):
+    """(h, w), multiples of 16, of the area closest to `area` at the aspect ratio width / height."""
     ratio = width / height
-    middle = round(math.sqrt(area / ratio) / multiple)
-    best = (math.inf,)
-    for h in range(multiple * max(1, middle - 256), multiple * (middle + 257), multiple):
-        for steps in (math.floor(ratio * h / multiple), math.ceil(ratio * h / multiple)):
-            w = multiple * max(1, steps)
-            best = min(best, (abs(h * w - area), abs(w / h - ratio), h, w))
-    return best[2:]
+    middle = round(math.sqrt(area / ratio) / 16)
+    sizes = []
+    for h in range(16 * max(1, middle - 256), 16 * (middle + 257), 16):
+        sizes.append((h, 16 * max(1, math.floor(ratio * h / 16))))
+        sizes.append((h, 16 * max(1, math.ceil(ratio * h / 16))))
+    return min(sizes, key=lambda size: (abs(size[0] * size[1] - area), abs(size[1] / size[0] - ratio), size))
 
 
 def letterbox(image, area):
@@ -1240,14 +1231,15 @@ def letterbox(image, area):
 
 def video_size(width, height, area):
     """(h, w) of the given area at the aspect ratio width / height: the size at which a clip is decoded."""
-    h = math.sqrt(area / (width / height))
-    return round(h), round(h * (width / height))
+    ratio = width / height
+    h = math.sqrt(area / ratio)
+    return round(h), round(h * ratio)
 
 
 def crop16(frames):
     """Frames [T, H, W, 3] cropped at bottom and right to multiples of 16."""
-    height, width = frames.shape[1:3]
-    return frames[:, : height // 16 * 16, : width // 16 * 16]
+    height, width = (side // 16 * 16 for side in frames.shape[1:3])
+    return frames[:, :height, :width]
 
 
 def vlm_size(height, width, multiple, least, most, frames=1):
