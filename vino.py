@@ -327,9 +327,9 @@ def build_vlm(config):
         del vision[ours]
     rope = {"rope_type": "default", "mrope_section": text.pop("mrope_section"), "mrope_interleaved": True}
     text["rope_scaling"] = rope  # transformers 5 calls it rope_parameters, and still takes the old name
-    tie = text["tie_word_embeddings"]
-    both = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie)
-    return Qwen3VLForConditionalGeneration(both).eval()
+    tie = config.text.tie_word_embeddings
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie)
+    return Qwen3VLForConditionalGeneration(config).eval()
 
 
 # --- 2. Interleaved omnimodal context (2.2, figure 5): references, boundary tokens and target on one timeline
@@ -365,10 +365,8 @@ def pack(references, target):
 
 
 def rope_3d(positions, axes_dim, theta):
-    """RoPE's cosines and sines: angles position * theta**(-2i / d), where each axis gets d of the channels.
-
-    Args: positions [L, 3]; axes_dim: three even numbers that add up to the head's size.
-    Returns: cosines [L, 1, head / 2, 1], and sines [L, 1, head / 2, 2] with the signs of a rotation."""
+    """RoPE at positions [L, 3]: angles position * theta**(-2i / d), where each axis gets d of the channels.
+    -> cosines [L, 1, head / 2, 1], and sines [L, 1, head / 2, 2] with the signs of a rotation."""
     angles = []
     for position, dim in zip(positions.unbind(-1), axes_dim, strict=True):
         frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
@@ -412,9 +410,8 @@ class MMDiTConfig:
 
 
 def attend(q, k, v, rope=None, mask=None):
-    """Softmax attention of rotated queries and keys: q, k, v [B, L, heads, head] -> [B, L, D].
-
-    `mask` [B, L] is True where a key may be seen; None where nothing is padded, which is faster."""
+    """Softmax attention of rotated queries and keys: q, k, v [B, L, heads, head] -> [B, L, D]. `mask` [B, L]
+    is True where a key may be seen; None where nothing is padded, which is faster."""
     if rope is not None:
         q = apply_rope(q, rope)
         k = apply_rope(k, rope)
@@ -1076,9 +1073,9 @@ class Vino(nn.Module):
         for name, tensor in stream:
             if name not in expected:
                 raise InputError(f"{source}: surplus tensor '{name}', which this config has no place for")
-            if tensor.shape != expected[name].shape:
-                shapes = f"{list(tensor.shape)}, the config asks for {list(expected[name].shape)}"
-                raise InputError(f"{source}: tensor '{name}' has shape {shapes}")
+            ours, theirs = list(expected[name].shape), list(tensor.shape)
+            if ours != theirs:
+                raise InputError(f"{source}: tensor '{name}' has shape {theirs}, the config asks for {ours}")
             tensors[name] = tensor.to(device, dtype)
         for name, parameter in expected.items():
             if name.startswith("transformer." + MMDiT.UNUSED):
@@ -1100,10 +1097,11 @@ class Vino(nn.Module):
         metadata. The file gets its name when it is complete."""
         tensors = tensors or self.saved_tensors()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        tokenizer, unfinished = self.mm_encoder.tokenizer.to_str(), Path(f"{path}.partial")
+        config, tokenizer = json.dumps(asdict(self.config)), self.mm_encoder.tokenizer.to_str()
+        unfinished = Path(f"{path}.partial")
         unfinished.touch()
         mode = unfinished.stat().st_mode  # a new file's; safetensors lets nobody but the owner read it
-        save_file(tensors, unfinished, {"config": json.dumps(asdict(self.config)), "tokenizer": tokenizer})
+        save_file(tensors, unfinished, {"config": config, "tokenizer": tokenizer})
         unfinished.chmod(mode)
         unfinished.replace(path)
 
@@ -1142,7 +1140,7 @@ class SequenceParallel:
     def shard(self, x, text, rope, mask):
         """This process's shard of both streams [B, L, D], and the attention over all shards.
 
-        rope and mask cover the whole sequence [visual, text]. In attention, tokens are ordered by process:
+        rope and mask cover the whole sequence [visual, text]. In attention tokens stand in order of process:
         visual and text of process 0, those of process 1, ... Only the mask has to follow that order."""
         streams = [x.shape[1], text.shape[1]]
         numbers = torch.arange(sum(streams), device=x.device).split(streams)
@@ -1413,7 +1411,9 @@ def byte_tokenizer(special_tokens=SPECIAL_TOKENS, texts=()):
 
 def read_tokenizer(folder):
     """The tokenizer of a public VLM's folder."""
-    return Tokenizer.from_str(json.dumps(read_json(folder / "tokenizer.json")))
+    path = folder / "tokenizer.json"
+    with reading(path, "a tokenizer"):
+        return Tokenizer.from_file(str(path))
 
 
 def override(node, overrides, prefix):
