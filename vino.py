@@ -767,32 +767,6 @@ def levels(widths, layers, groups, up):
     return nn.Sequential(*blocks)
 
 
-def build_encoder(config):
-    """Pixels [B, 3, T, H, W] -> mean and log-variance of the posterior, [B, 2C, (T-1)/4 + 1, H/8, W/8]."""
-    widths, groups = config.block_out_channels, config.norm_num_groups
-    return chain(
-        conv_in=causal_conv(3, widths[0]),
-        down_blocks=levels(widths, config.layers_per_block, groups, up=False),
-        mid_block=MidBlock(widths[-1], groups),
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
-        silu=nn.SiLU(),
-        conv_out=causal_conv(widths[-1], 2 * config.latent_channels),
-    )
-
-
-def build_decoder(config):
-    """Latents [B, C, T, H, W] -> pixels [B, 3, 4(T-1) + 1, 8H, 8W]."""
-    widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-    return chain(
-        conv_in=causal_conv(config.latent_channels, widths[0]),
-        mid_block=MidBlock(widths[0], groups),
-        up_blocks=levels(widths, config.layers_per_block + 1, groups, up=True),
-        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
-        silu=nn.SiLU(),
-        conv_out=causal_conv(widths[-1], 3),
-    )
-
-
 def tiled(function, x, dim, sizes, ratio, lead=0):
     """Apply `function` to overlapping tiles of x along `dim` and blend where they overlap.
 
@@ -823,13 +797,28 @@ def tiled(function, x, dim, sizes, ratio, lead=0):
 
 
 class VAE(nn.Module):
-    """Pixels [B, 3, 4(T-1)+1, 8H, 8W] in [-1, 1] <-> scaled latents [B, C, T, H, W]."""
+    """Pixels [B, 3, 4(T-1) + 1, 8H, 8W] in [-1, 1] <-> scaled latents [B, C, T, H, W]."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = build_encoder(config)
-        self.decoder = build_decoder(config)
+        widths, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
+        self.encoder = chain(
+            conv_in=causal_conv(3, widths[0]),
+            down_blocks=levels(widths, layers, groups, up=False),
+            mid_block=MidBlock(widths[-1], groups),
+            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
+            silu=nn.SiLU(),
+            conv_out=causal_conv(widths[-1], 2 * config.latent_channels),
+        )
+        self.decoder = chain(
+            conv_in=causal_conv(config.latent_channels, widths[-1]),
+            mid_block=MidBlock(widths[-1], groups),
+            up_blocks=levels(widths[::-1], layers + 1, groups, up=True),
+            conv_norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6),
+            silu=nn.SiLU(),
+            conv_out=causal_conv(widths[0], 3),
+        )
         self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
 
