@@ -163,10 +163,10 @@ def compare_conditions(golden, model, call, encoded, negative, guidance):
     names = {"full": "cond", "text_dropped": "uncond_text", "image_dropped": "uncond_image"}
     for name, (_, condition) in branches.items():
         compare(golden, f"{names[name]}.embeds_vlm", condition.tokens)
-        velocity = model.velocity(golden["noise"], golden["timesteps"][:1], condition)
+        velocity = model.transformer(golden["noise"], golden["timesteps"][:1], condition)
         compare(golden, f"velocity.{names[name]}", velocity)
-    for k, block in enumerate(branches["full"][1].references):
-        compare(golden, f"boundary_{k}", torch.cat([block.start, block.end]))
+    for k, (start, _, end) in enumerate(branches["full"][1].references):
+        compare(golden, f"boundary_{k}", torch.cat([start, end]))
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -255,11 +255,11 @@ def test_boundary_tokens_are_the_vlms_states_at_the_start_and_the_end_and_not_em
     condition = encoder(["x"], [image, image])
     hidden, _, starts, ends = encoder.hidden_states(["x"], [image, image])
     states = encoder.connector_vae_branch(hidden[0])
-    for block, start, end in zip(condition.references, starts, ends, strict=True):
-        torch.testing.assert_close(block.start[0], states[start], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(block.end[0], states[end], rtol=1e-4, atol=1e-5)
-    first, second = condition.references
-    assert relative_error(second.start, first.start) > 1e-3  # the same token, hence the same embedding
+    for (start, _, end), *places in zip(condition.references, starts, ends, strict=True):
+        ours = torch.cat([start, end])
+        torch.testing.assert_close(ours, states[places], rtol=1e-4, atol=1e-5)
+    (first, _, _), (second, _, _) = condition.references
+    assert relative_error(second, first) > 1e-3  # the same token, hence the same embedding
 
 
 def test_a_query_sees_the_prompt_and_the_queries_before_it_and_the_prompt_sees_no_query(tiny):
@@ -324,10 +324,10 @@ def test_tiles_give_the_whole_where_they_agree_and_are_blended_where_they_do_not
         return torch.cat([part[:, :, :1], part[:, :, 1:].repeat_interleave(4, 2)], 2)
 
     x = torch.randn(1, 2, 23, 50, 41)
-    torch.testing.assert_close(vino.tiled(torch.abs, x, 3, 16, 12, 1), x.abs())
-    torch.testing.assert_close(vino.tiled(grow, x, 2, 4, 3, 4, lead=1), grow(x))
+    torch.testing.assert_close(vino.tiled(torch.abs, x, 3, (16, 12), 1), x.abs())
+    torch.testing.assert_close(vino.tiled(grow, x, 2, (16, 12), 4, lead=1), grow(x))
     numbers = itertools.count()
-    blended = vino.tiled(lambda part: torch.full_like(part, next(numbers)), torch.zeros(28), 0, 16, 12, 1)
+    blended = vino.tiled(lambda part: torch.full_like(part, next(numbers)), torch.zeros(28), 0, (16, 12), 1)
     assert blended.tolist() == [0] * 12 + [0, 0.25, 0.5, 0.75] + [1] * 8 + [1, 1.25, 1.5, 1.75]
 
 
@@ -384,7 +384,7 @@ def test_guidance_runs_only_the_branches_that_count(tiny, photo, clip):
     assert [*tiny.branches(["x"], [""], [video], False, 5.0, 3.0)] == ["full", "text_dropped"]
     branches = tiny.branches(["x"], [""], [image, other, video], True, 5.0, 1.5)
     assert [*branches] == ["full", "text_dropped", "image_dropped"]
-    kept = [block.latents.data_ptr() for block in branches["image_dropped"][1].references]
+    kept = [latents.data_ptr() for _, latents, _ in branches["image_dropped"][1].references]
     assert kept == [other.latents.data_ptr(), video.latents.data_ptr()]  # other is the image being edited
 
 
@@ -403,7 +403,7 @@ def test_queries_and_connectors_stay_in_float32_beside_a_vlm_in_bfloat16(photo):
     model = Vino.load("random", tiny_config())
     model.mm_encoder.mm_encoder.bfloat16()  # as in training
     condition = model.mm_encoder(["x"], [model.encode(photo)])
-    assert condition.tokens.dtype == condition.references[0].start.dtype == torch.float32
+    assert condition.tokens.dtype == condition.references[0][0].dtype == torch.float32
 
 
 def samples(photo, clip, group=None):
@@ -778,7 +778,7 @@ def test_the_loss_is_the_flow_loss_of_the_posteriors_mean(small_config, tmp_path
     u, noise = train.draw_noise(batch.key, data)
     t = 5 * u / (1 + 4 * u)
     mixed = (1 - t)[:, None, None, None, None] * data + t[:, None, None, None, None] * noise
-    velocity = model.velocity(mixed, t, model.mm_encoder(batch.prompts, []))
+    velocity = model.transformer(mixed, t, model.mm_encoder(batch.prompts, []))
     expected = (velocity - (noise - data)).square().mean((1, 2, 3, 4))
     torch.testing.assert_close(started.objective(batch), expected)
 
@@ -1157,9 +1157,9 @@ def test_a_damaged_checkpoint_or_one_of_another_run_is_one_clear_error(
 def test_the_ablations_train_and_their_export_knows_what_is_missing(switch, small_config, tmp_path, photo):
     run(small_config, tmp_path, switch, "--steps=2", SILENT)
     model = Vino.load(tmp_path / "final.safetensors")
-    own, [block] = model.config, model.mm_encoder(["x"], [model.encode(photo)]).references
+    own, [(first, _, _)] = model.config, model.mm_encoder(["x"], [model.encode(photo)]).references
     assert (own.num_queries, own.boundary_tokens) == ((0, True) if switch == "--no-queries" else (4, False))
-    assert (block.start is not None) == own.boundary_tokens
+    assert (first is not None) == own.boundary_tokens
     assert model.generate(["x"], [photo], size=(1, 48, 80), steps=1).isfinite().all()
     start(small_config, tmp_path, switch, "--resume")
 

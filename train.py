@@ -403,7 +403,7 @@ class Objective(nn.Module):
         """Rectified flow on the target's tokens: [B]."""
         data = self.latents(batch)
         u, noise = draw_noise(batch.key, data)
-        velocity = partial(self.vino.velocity, condition=self.condition(batch))
+        velocity = partial(self.vino.transformer, condition=self.condition(batch))
         return flow_loss(velocity, data, noise, u, self.shift)
 
     @torch.no_grad()
@@ -420,7 +420,7 @@ class Objective(nn.Module):
 
     def picture(self, batch):
         """What the model makes of a batch, without guidance -> pixels [B, 3, T, H, W] and B texts."""
-        velocity = partial(self.vino.velocity, condition=self.condition(batch))
+        velocity = partial(self.vino.transformer, condition=self.condition(batch))
         _, noise = draw_noise(batch.key, self.latents(batch))
         latents = sample(velocity, noise, PICTURE_STEPS, self.shift)
         return self.vino.vae.decode(latents).float(), batch.prompts

@@ -69,8 +69,8 @@ class Captioning(Objective):
         vlm = self.vino.mm_encoder
         references = []
         for reference in batch.references:
-            features, deepstack = vlm.encode_vision(reference)
-            references.append(EncodedReference(None, features, deepstack, reference.grid, reference.is_video))
+            features = vlm.encode_vision(reference)
+            references.append(EncodedReference(None, features, reference.grid, reference.is_video))
         prompts, cache = build_prompts(vlm.tokenizer, batch.prompts, references, vlm.merge), DynamicCache()
         last, _ = vlm.prefill(prompts, references, cache)
         end = vlm.tokenizer.token_to_id("<|im_end|>")

@@ -306,7 +306,7 @@ def test_the_queries_share_of_attention_is_measured_without_changing_the_velocit
     )
     recorder = benchmark.AttentionShares(64, model.config.num_queries)
     watched = model.transformer(latents, t, condition, recorder)
-    torch.testing.assert_close(watched, model.velocity(latents, t, condition))
+    torch.testing.assert_close(watched, model.transformer(latents, t, condition))
     blocks = model.config.mmdit.num_layers + model.config.mmdit.num_single_layers
     assert len(recorder.text) == blocks
     assert all(0 < q < text < 1 for q, text in zip(recorder.of_queries, recorder.text))
