@@ -159,9 +159,9 @@ def build_prompts(tokenizer, texts, references, merge, system=SYSTEM_PROMPT):
     tokenizer.encode_special_tokens = True  # spelled in a user's text, <|...|> is plain text
     encodings = tokenizer.encode_batch([pending + text for text in texts], add_special_tokens=False)
     tails = [torch.tensor(encoding.ids + closing) for encoding in encodings]
-    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    valid = pad([torch.ones_like(tail, dtype=torch.bool) for tail in tails])  # [B, tail]
-    tails = pad(tails, padding_value=tokenizer.token_to_id("<|endoftext|>"))
+    left_padded = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    valid = left_padded([torch.ones_like(tail, dtype=torch.bool) for tail in tails])  # [B, tail]
+    tails = left_padded(tails, padding_value=tokenizer.token_to_id("<|endoftext|>"))
     mask = None if valid.all() else F.pad(valid, (len(ids), 0), value=True)
     tail_positions = 1 + max(positions[-1]) + (valid.cumsum(1) - 1).clamp(min=0)
     ids = torch.tensor(ids).expand(len(texts), -1)
