@@ -1558,3 +1558,18 @@ def test_the_recipe_of_the_readme_trains_and_draws_its_picture(tmp_path, monkeyp
     assert train.main(few) == 0
     assert figures.main(shlex.split(picture.replace("selection selection selection", "selection"))) == 0
     assert Path("recipe.png").exists()
+
+
+def test_every_name_in_the_readmes_map_of_the_paper_exists():
+    table = README.split("| paper | code |")[1].split("\n\n")[0]
+    names = {*re.findall(r"`([A-Za-z_.]+)`", table)} - {
+        "train.py",
+        "sample.py",
+        "toy.benchmark",
+        "understanding",
+    }
+    assert len(names) > 15
+    for name in names:
+        owner = train if name.startswith("train.") else vino
+        for part in name.removeprefix("train.").split("."):
+            owner = getattr(owner, part)
