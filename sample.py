@@ -25,7 +25,7 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -64,16 +64,24 @@ def say(*lines):
             tqdm.write(line, file=sys.stderr)
 
 
+def fail(message):
+    """End with one line and status 2."""
+    line = " ".join(message.split())[:600]
+    say(f"sample.py: error: {line}")
+    sys.exit(2)
+
+
+def show(text):
+    """Print to stdout. A full disk or a closed pipe there is no error of the result, which has a file."""
+    if RANK == 0:
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            say(f"cannot print to stdout: {error.strerror}")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # --- Arguments ----------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """One that reports an error in a single line."""
-
-    def error(self, message):
-        line = " ".join(message.split())[:600]
-        say(f"sample.py: error: {line}")
-        sys.exit(2)
 
 
 def bounded(kind, least, most):
@@ -90,8 +98,9 @@ def bounded(kind, least, most):
 
 def build_parser():
     usage = "sample.py (--prompt TEXT | --tasks FILE.json) [options]"
-    parser = Parser("sample.py", usage, __doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser("sample.py", usage, __doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = fail
     side, scale = bounded(int, 16, 4096), bounded(float, 0, 1000)
 
     group = parser.add_argument_group("what to make")
@@ -159,8 +168,7 @@ def choose_device(args):
         probe = torch.zeros(1, device=name)
         probe.item()  # of "meta" there is none
     except (RuntimeError, AssertionError) as error:
-        reason = re.split(r"\. |\n", str(error))[0]  # some go on for a page
-        raise InputError(f"--device {name}: not here ({reason})") from error
+        raise InputError(f"--device {name}: not here ({error})") from error
     args.device = str(probe.device)  # "cpu" for "cpu:0", which safetensors does not know
     if probe.is_cuda:
         torch.cuda.set_device(probe.device)
@@ -195,7 +203,7 @@ class Job:
     ref_image_paths: list = vino.items()
     ref_video_path: str = ""
     ref_image_have_base: bool = False  # the last image is the one to edit
-    outputs: dict | None = None  # seed: path
+    outputs: dict | None = None  # by seed, their paths
 
 
 def single_job(args):
@@ -214,7 +222,7 @@ def single_job(args):
     outputs = {}
     for seed in range(args.seed, args.seed + args.num):
         outputs[seed] = out.with_stem(f"{out.stem}_{seed}") if is_folder or args.num > 1 else out
-    return checked(Job("", task, args.prompt, args.image, args.video, args.base, outputs))
+    return Job("", task, args.prompt, args.image, args.video, args.base, outputs)
 
 
 def read_jobs(items, args):
@@ -237,8 +245,7 @@ def read_item(item, args):
     """The job of one item. Its paths start in the working directory, else beside the task file."""
     job = Job()
     if isinstance(item, dict):
-        known = [field.name for field in fields(Job)[:6]]
-        item = {name: value for name, value in item.items() if name in known and value is not None}
+        item = {name: value for name, value in item.items() if name in vars(job) and value is not None}
         item["index"] = str(item.get("index", ""))
     vino.override(job, item, "")
     if not re.fullmatch(r"(?!\.\.?$)[^/\0\ud800-\udfff]{1,200}", job.index):
@@ -248,21 +255,12 @@ def read_item(item, args):
         raise InputError("'ref_image_paths' should be paths")
     paths = [path if Path(path).exists() else Path(args.tasks).parent / path for path in paths]
     *job.ref_image_paths, job.ref_video_path = paths
-    job.outputs = {args.seed: Path(args.out, job.index + (".mp4" if job.task.endswith("v") else ".png"))}
-    return checked(job)
-
-
-def checked(job):
-    """The job, or an InputError where its parts do not fit together."""
     if job.task not in TASKS:
         raise InputError(f"unknown task '{job.task[:60]}', known: {', '.join(TASKS)}")
-    source = job.task.split("2")[0]
+    source, result = job.task.split("2")
     if ("i" in source, "v" in source) != (bool(job.ref_image_paths), bool(job.ref_video_path)):
         raise InputError(f"task {job.task} ({TASKS[job.task]}) does not go with these references")
-    if not job.caption.strip():
-        raise InputError("the prompt is empty")
-    if job.ref_image_have_base and len(job.ref_image_paths) < 2:
-        raise InputError("--base needs two images or more: the last is edited, the others guide")
+    job.outputs = {args.seed: Path(args.out, f"{job.index}{'.mp4' if result == 'v' else '.png'}")}
     return job
 
 
@@ -270,17 +268,22 @@ def checked(job):
 
 
 def prepare(job, args, config):
-    """Read the references and settle the size of the result -> (images, video, (frames, height, width))."""
+    """Check a job and read its references -> (images, video, (frames, height, width) of the result)."""
+    if not job.caption.strip():
+        raise InputError("the prompt is empty")
     if re.search(r"[\ud800-\udfff]", f"{job.caption}{args.negative_prompt}"):  # half of a surrogate pair
         raise InputError("the prompt is not valid UTF-8")
+    if job.ref_image_have_base and len(job.ref_image_paths) < 2:
+        raise InputError("--base needs two images or more: the last is edited, the others guide")
     sampling, is_video = config.sampling, job.task.endswith("v")
-    frames = (args.frames or sampling.frames) if is_video else 1
-    if is_video and frames == 1:
-        raise InputError(f"--frames 1 is an image, and {TASKS[job.task]} makes a video")
-    if frames > sampling.max_frames:
-        raise InputError(f"--frames {frames}: the config allows {sampling.max_frames}")
     if len(job.ref_image_paths) > sampling.max_images:
         raise InputError(f"{len(job.ref_image_paths)} images, and the config allows {sampling.max_images}")
+    frames = (args.frames or sampling.frames) if is_video else 1
+    if frames > sampling.max_frames:
+        raise InputError(f"--frames {frames}: the config allows {sampling.max_frames}")
+    if is_video and frames == 1:
+        raise InputError(f"--frames 1 is an image, and {TASKS[job.task]} makes a video")
+
     size = sampling.video_size if is_video else sampling.image_size
     area, is_edit = sampling.reference_area, job.task not in ("t2i", "t2v", "ti2v")
     if args.height:
@@ -388,16 +391,6 @@ def write(path, content):
         partial.unlink(missing_ok=True)
 
 
-def show(text):
-    """Print to stdout. A full disk or a closed pipe there is no error of the result, which has a file."""
-    if RANK == 0:
-        try:
-            print(text, flush=True)
-        except OSError as error:
-            say(f"cannot print to stdout: {error.strerror}")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 # --- --explain and --profile --------------------------------------------------------------------------------
 
 
@@ -409,11 +402,10 @@ def explain(text, references, size, tokenizer, config):
     parts = []  # of the MMDiT's sequence: source, size in pixels, place in the VLM
     for k, (reference, start, end) in enumerate(zip(references, prompt.starts, prompt.ends), 1):
         name = "Video 1" if reference.is_video else f"Image {k}"
+        first = (f"{name}, start token", token, start)
         latents = (f"{name}, latents", reference.pixels.shape[2:], f"{start + 1}-{end - 1}")
-        if config.boundary_tokens:
-            parts += [(f"{name}, start token", token, start), latents, (f"{name}, end token", token, end)]
-        else:
-            parts.append(latents)
+        last = (f"{name}, end token", token, end)
+        parts += [first, latents, last] if config.boundary_tokens else [latents]
     parts.append(("target", size, "-"))
 
     rows, begin = [("source", "tokens", "time", "in the VLM")], 0
@@ -523,16 +515,15 @@ def main(argv=None):
     """Run the command line `argv` -> exit status."""
     argv = sys.argv[1:] if argv is None else argv
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know the letters of a name
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     args.command = shlex.join(["python", "sample.py", *argv])
     torch.backends.cudnn.deterministic = True  # the same command gives the same picture
     try:
         failed = work(args)
     except (InputError, OSError) as error:
-        parser.error(str(error))
+        fail(str(error))
     except torch.OutOfMemoryError:
-        parser.error(TOO_LARGE)
+        fail(TOO_LARGE)
     except KeyboardInterrupt:
         say("sample.py: stopped")
         return 130
