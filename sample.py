@@ -106,13 +106,12 @@ def build_parser():
     group = parser.add_argument_group("what to make")
     either, add = group.add_mutually_exclusive_group(required=True).add_argument, group.add_argument
     either("--prompt", metavar="TEXT", help="what to make, or what to change")
-    either("--tasks", metavar="FILE", help="many of these from a .json in the release's format")
+    either("--tasks", metavar="FILE", help="many, from a .json in the release's format; --out is a folder")
     add("--image", metavar="FILE", nargs="+", action="extend", default=[], help="Image 1, Image 2, ...")
     add("--video", metavar="FILE", default="", help="Video 1")
     add("--base", action="store_true", help="the last image is the one to edit, the others guide the edit")
-    expand = "let the VLM turn the prompt into a caption first (default: the config's, without references)"
-    add("--rewrite", action=argparse.BooleanOptionalAction, help=expand)
-    add("--rewrite-only", action="store_true", help="write the task file again, with the VLM's captions")
+    add("--rewrite", action=argparse.BooleanOptionalAction, help="let the VLM expand the prompt first")
+    add("--rewrite-only", action="store_true", help="write the task file to --out, with the VLM's captions")
 
     add = parser.add_argument_group("the result").add_argument
     add("--out", metavar="PATH", help=".png, .mp4, .gif or a folder (default: named by prompt and seed)")
@@ -169,7 +168,7 @@ def choose_device(args):
         probe.item()  # of "meta" there is none
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not here ({error})") from error
-    args.device = str(probe.device)  # "cpu" for "cpu:0", which safetensors does not know
+    args.device = str(probe.device) if probe.is_cuda else probe.device.type  # safetensors knows no "cpu:0"
     if probe.is_cuda:
         torch.cuda.set_device(probe.device)
     elif args.offload:
@@ -305,9 +304,9 @@ def notices(job, tokenizer):
     words = dict.fromkeys(re.findall("[a-z]+", job.caption, re.IGNORECASE))
     strange = [f"'{word}'" for word in words if word.lower() not in known]
     if strange and "circle" in known and len(known) < 1000:  # a tiny model's: one token for each word
+        mean = "means" if len(strange) == 1 else "mean"
         advice = "these weights know coloured shapes only; the README tells how to get the real ones"
-        verb = "means" if len(strange) == 1 else "mean"
-        yield f"{', '.join(strange)} {verb} nothing to this model: {advice}"
+        yield f"{', '.join(strange)} {mean} nothing to this model: {advice}"
     given = {f"Image {k}" for k in range(1, len(job.ref_image_paths) + 1)}
     given |= {"Video 1"} if job.ref_video_path else set()
     for name in sorted({*re.findall(r"\b(?:Image|Video) \d+", job.caption)} - given):
@@ -316,10 +315,10 @@ def notices(job, tokenizer):
 
 def run(job, args, config, tokenizer, load):
     """Do a job, from its references to its files. `load` gives the model."""
+    images, video, size = prepare(job, args, config)
     outputs = {} if args.explain or args.rewrite_only else job.outputs
     for seed, path in outputs.items():
         check_writable(path, args, seed)
-    images, video, size = prepare(job, args, config)
     say(*notices(job, tokenizer))  # behind all that could be a line of error
     by_default = config.sampling.rewrite and job.task in ("t2i", "t2v") and args.weights != "random"
     if args.rewrite_only or (by_default if args.rewrite is None else args.rewrite):
@@ -473,8 +472,9 @@ def run_tasks(args, do):
     say(f"{len(failed)} of {len(jobs)} failed", *failed)
     if args.rewrite_only and RANK == 0:
         for item, job in zip(items, jobs, strict=True):
-            item |= {"caption_raw": item["caption"], "caption": job.caption}
-        write(out, json.dumps(items, indent=2, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+            item |= {"caption_raw": item.get("caption"), "caption": job.caption}
+        text = json.dumps(items, indent=2, ensure_ascii=False) + "\n"
+        write(out, text.encode("utf-8", "surrogatepass"))
         show(out)
     return bool(failed)
 
