@@ -1207,7 +1207,8 @@ def media(tmp_path, monkeypatch):
     frames = np.stack([3 * x, 6 * y, 20 * t], -1).astype(np.uint8)
     Image.fromarray(frames[0]).save("wide.png")
     Image.fromarray(frames[0, :, :40]).save("square.png")
-    Path("clip.mp4").write_bytes(command_line.encode_mp4(frames, 8, "{}"))
+    clip = vino.normalize(vino.to_frames(frames))[0]
+    Path("clip.mp4").write_bytes(command_line.encode(".mp4", clip, 8, {}))
     return tmp_path
 
 
@@ -1417,10 +1418,11 @@ def test_a_damaged_clip_is_one_line_and_nobodys_result(media):
 
 
 BAD = {
-    "": "give either --prompt",
+    "": "one of the arguments --prompt --tasks is required",
     "--tasks a.json --rewrite-only --out a.txt": "--rewrite-only goes with",
     "--prompt ''": "prompt is empty",
     "--prompt a\udcff": "the prompt is not valid UTF-8",
+    "--prompt x --negative-prompt a\udcff": "the prompt is not valid UTF-8",
     "--prompt x --height 0 --width 64": "invalid int (16 to",
     "--prompt x --height 64": "go together",
     "--prompt x --frames 1001": "the config allows 33",
@@ -1432,7 +1434,7 @@ BAD = {
     "--prompt x --video clip.mp4 --frames 1": "--frames 1 is an image",
     "--prompt x --video clip.mp4 --height 16 --width 16": "is too narrow",
     "--prompt x --out a.jpg": "text to image goes to a .png, or a folder",
-    "--prompt x --out none/none/a.png": "cannot write none/none/a.png: No such file or directory",
+    "--prompt x --out none/none/a.png": "No such file or directory: 'none/none'",
     "--prompt x --config cut.png": "cut.png is not JSON, or is cut short",
     "--prompt x --weights hub": "cannot download Qwen/Qwen3-VL-4B-Instruct: no network",
     "--prompt x --device moon": "--device moon: not here",
@@ -1456,7 +1458,7 @@ BAD_TASKS = {
     "[1]": "item 1: should be an object",
     ITEM % '"task": "i2i"': "unknown task 'i2i'",
     ITEM % '"task": "t2i"': "does not go with these references",
-    ITEM % '"caption": 3': "'caption' is 3, should be a str",
+    ITEM % '"caption": 3': "'caption' is int, should be str",
     ITEM % '"index": ".."': "'index' should be a file's name, and is \"..\"",
     ITEM % '"index": "\\ud800"': "a file's name",
     ITEM % '"ref_image_paths": [5]': "should be paths",

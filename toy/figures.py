@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from sample import write
+from sample import encode, write
 from toy.benchmark import generate
 from toy.world import Object, Scene, ToyWorld, render
 from train import HERE, TINY, contact_sheet, make_stage, read_metrics, shown
@@ -43,7 +43,7 @@ def examples(folder):
     folder.mkdir(exist_ok=True)
     for name, size, scene in EXAMPLES:
         pixels = render([scene], 9 if name.endswith("mp4") else 1, size, torch.device("cpu"))
-        write(folder / name, pixels[0], 8, {})
+        write(folder / name, encode(Path(name).suffix, pixels[0], 8, {}))
 
 
 def gallery(columns, path, tasks=(), device="cpu"):
