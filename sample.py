@@ -25,7 +25,7 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -226,7 +226,7 @@ def single_job(args):
 
 def read_jobs(items, args):
     """The jobs of the items of --tasks. An InputError names the item that is wrong."""
-    if not isinstance(items, list):
+    if not isinstance(items, list) or not items:
         raise InputError(f"{args.tasks}: should be a list of items")
     jobs = []
     for position, item in enumerate(items, 1):
@@ -326,6 +326,7 @@ def run(job, args, config, tokenizer, load):
         say(f"rewritten: {job.caption}")
     if args.explain:
         references = [*images, video] if video else images
+        config = replace(config, num_queries=0) if args.no_queries else config
         show(explain(job.caption, references, size, tokenizer, config))
     for seed, path in outputs.items():
         say("{}: {} frame(s) of {} x {}, seed {}".format(TASKS[job.task], *size, seed))

@@ -1380,10 +1380,12 @@ def test_rewrite_only_writes_the_task_file_again_and_keeps_the_captions_that_fai
     assert json.loads(Path("new.json").read_text()) == rewritten
 
 
-def test_queries_can_be_taken_away_from_finished_weights(media):
+def test_queries_can_be_taken_away_from_finished_weights(media, capsys):
     assert sample_py("--prompt", "a dot", "--out", "with.png") == 0
     assert sample_py("--prompt", "a dot", "--out", "without.png", "--no-queries") == 0
     assert not np.array_equal(*pixels("with.png", "without.png"))
+    assert sample_py("--prompt", "a dot", "--explain", "--no-queries") == 0
+    assert re.search("learnable queries +0 ", capsys.readouterr().out)
 
 
 def test_pictures_and_clips_are_read_upright_and_over_white(media):
