@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,21 @@ def test_latents_are_as_wide_as_the_noise(parts, toy):
         batch = toy.collate(task, [toy.draw(task, 0, index) for index in range(16)], "cpu")
         latents.append(model.vae.encode(batch.target).flatten())
     assert 0.7 < torch.cat(latents).std() < 1.4
+
+
+@torch.no_grad()
+def test_kept_encodings_give_the_loss_of_new_ones(parts, toy):
+    model = Vino.load(parts["mmdit"])
+    stage = replace(toy.stage, encode_once=8)
+    keeping, objective = world.ToyWorld(stage, toy.config, toy.seed, model), train.Objective(model, 3.0)
+    for task in ("t2v", "tiv2v"):
+        samples = [keeping.draw(task, 0, index) for index in range(12)]
+        assert {sample.number for sample in samples} == {*range(8)}
+        again = [sample._replace(number=None) for sample in samples]
+        batches = [keeping.collate(task, chosen, "cpu") for chosen in (samples, samples[::-1], again)]
+        losses = [objective(replace(batch, key=("test",))) for batch in (batches[0], batches[2])]
+        torch.testing.assert_close(*losses)
+        assert batches[1].latents is not None and batches[2].latents is None
 
 
 @torch.no_grad()
