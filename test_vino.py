@@ -660,7 +660,7 @@ def test_the_command_line_wins_over_the_config_and_the_config_over_table_1(small
                          ({"1": {"batch": 0}}, "'batch' should be at least 1"),
                          ({"1": {"mixture": {"t2x": 1}}}, "unknown task 't2x'"),
                          ({"1": {"mixture": {"t2i": "1"}}}, "'t2i' should be at least 0"),
-                         ({"1": {"drop": 2.0}}, "'drop' should be at least 0 and at most 1")]:  # fmt: skip
+                         ({"1": {"drop": 2.0}}, "'drop' should be from 0 to 1")]:  # fmt: skip
         with pytest.raises(InputError, match=named):
             train.make_stage("1", Config.from_dict({"training": wrong}), {})
     for wrong in ([], ["transformer.", ["MMDiT"]]):

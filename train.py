@@ -173,7 +173,8 @@ def make_stage(number, config, arguments, stages=STAGES):
     for name, value in numbers.items():
         least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
         if not isinstance(value, (int, float)) or not least <= value <= most:  # nan is not
-            raise InputError(f"'{name}' should be at least {least} and at most {most}")
+            limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise InputError(f"'{name}' should be {limit}")
     return stage
 
 
