@@ -21,101 +21,24 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from toy.detect import UNITS, Seen, detect, looks, overlap, shrink
 from toy.world import (
-    BACKGROUNDS, CELLS, COLORS, MOTIONS, SHAPES, SIZES, Object, Scene, ToyWorld, make_sample, relations,
-    trace,
+    BACKGROUNDS, CELLS, MOTIONS, Object, Scene, ToyWorld, make_sample, relations, trace,
 )  # fmt: skip
 from train import TINY, bounded, contact_sheet, make_stage, panels
 from vino import InputError, Vino, apply_rope, attend
 
-# how: a key of `ways`, see `measure`; mean: the name of a last row, of all the others; texts: "long", "short",
-# or "both", half of the samples each
+# how: a key of `ways`, see `measure`; mean: the name of a last row, of all others; texts: "long", "short", or
+# "both", half of the samples each
 Suite = namedtuple("Suite", "score rows how mean texts", defaults=["generate", None, "both"])
 # layouts: (task of the toy world, number of images); the rest says which samples: see `belongs`
 FIELDS = "name layouts kind objects differ moves phrasing"
 Row = namedtuple("Row", FIELDS, defaults=["", None, (), False, "known"])
-Thing = namedtuple("Thing", "shape color x y r mask")  # what stands in a frame; mask: its pixels [64, 64]
-Seen = namedtuple("Seen", "background things ground")  # ground: [64, 64], True where no thing is near
-
-
-def shrink(frames):
-    """Frames [N, 3, H, W] in [-1, 1] -> [N, 3, 64, 64] in [0, 255]."""
-    return F.interpolate((frames.float().clamp(-1, 1) + 1) * 127.5, (64, 64), mode="area")
-
-
-def detect(frames):
-    """What frames [N, 3, H, W] in [-1, 1] show -> N Seens. A colour, a shape or a background that is none of
-    the toy world's is "unclear"."""
-    names, grounds = [*BACKGROUNDS, *COLORS], len(BACKGROUNDS)
-    palette = torch.tensor([*BACKGROUNDS.values(), *COLORS.values()], dtype=torch.float32)
-    distance = torch.cdist(shrink(frames).flatten(2).transpose(1, 2), palette)  # [N, 64 * 64, colours]
-    least, nearest = distance.min(2)
-    sure = F.one_hot(nearest, len(names)).bool() & (least < 60)[..., None]
-    present = sure.sum(1) >= 20  # edges mix colours: they are taken for those that cover an area
-    ground = sure[..., :grounds].sum(1).argmax(1)
-    present[:, :grounds] = F.one_hot(ground, grounds).bool()
-    nearest = distance.masked_fill(~present[:, None], math.inf).argmin(2)
-    labels, sure = components((nearest >= grounds).view(-1, 1, 64, 64)), sure.unflatten(1, (64, 64))
-    found = []
-    for label, pure, number in zip(labels[:, 0], sure, ground):
-        values, areas = label.unique(return_counts=True)
-        masks = [label == value for value, area in zip(values, areas) if value and area >= 25]
-        covered = sum(masks, torch.zeros(1, 64, 64, dtype=torch.bool)).float()
-        free = F.max_pool2d(covered, 5, 1, 2)[0] == 0
-        stains = (free & ~pure[..., number]).sum()
-        background = names[number] if stains < 0.01 * 64 * 64 else "unclear"
-        found.append(Seen(background, sorted(identify(mask, pure, names) for mask in masks), free))
-    return found
-
-
-def components(mask):
-    """Number the connected parts of a mask [N, 1, H, W]; 0 is outside. The largest number spreads."""
-    labels = torch.arange(1.0, mask[0].numel() + 1).view(mask[:1].shape) * mask
-    while True:
-        spread = F.max_pool2d(labels, 3, 1, 1) * mask
-        if torch.equal(spread, labels):
-            return labels
-        labels = spread
-
-
-def identify(mask, sure, names):
-    """The Thing that covers a mask [64, 64]: of the colour that most of it surely [64, 64, colours] has, and
-    of the shape that, drawn with the same centre and area, overlaps it most."""
-    shares = sure[mask].float().mean(0)
-    color = names[shares.argmax()] if shares.max() > 0.6 else "unclear"
-    (y, x), area = (mask.nonzero() + 0.5).mean(0), mask.sum()
-    choices = [(0.75, "unclear", (area / math.pi).sqrt())]
-    for shape in SHAPES:
-        r = (area / UNITS[shape]).sqrt()
-        if r > 6.5:  # a small diamond is no tiny circle
-            choices.append((overlap(mask, shape, x, y, r), shape, r))
-    _, shape, r = max(choices)
-    return Thing(shape, color, x.item(), y.item(), r.item(), mask)
-
-
-def outline(shape, x, y, r):
-    """The pixels [64, 64] of a shape."""
-    pixel = torch.arange(64) + 0.5
-    return SHAPES[shape]((pixel - x).abs(), pixel[:, None] - y, r) < 0
-
-
-UNITS = {shape: outline(shape, 32, 32, 28).sum() / 28**2 for shape in SHAPES}  # areas with a radius of 1
-
-
-def overlap(mask, shape, x, y, r):
-    """Intersection over union of a mask [64, 64] and a shape."""
-    ideal = outline(shape, x, y, r)
-    return ((ideal & mask).sum() / (ideal | mask).sum()).item()
-
-
-def looks(things):
-    """Shape and colour of each, in a fixed order."""
-    return sorted((thing.shape, thing.color) for thing in things)
 
 
 def is_there(thing, item, place, sizes=True):
-    """Is a thing an object of a text, as far as that tells? It has to lie within 4 pixels of its place (x, y, r)
-    and, if sizes count, within 2.5 of its radius, half the way from small to large."""
+    """Is a thing an object of a text, as far as it tells? It lies within 4 pixels of its place (x, y, r)
+    and, if sizes count, within 2.5 of its radius: half the way from small to large."""
     x, y, r = place
     near = item.cell is None or math.hypot(thing.x - x, thing.y - y) < 4
     large = item.size is None or not sizes or abs(thing.r - r) < 2.5
@@ -290,29 +213,18 @@ def score_phrasing(row, sample, output, target, source):
 
 
 def score_answer(row, sample, answer, target, source):
-    """Understanding: which words of the toy world does an answer name? Only the right one counts."""
-    [item], ground = sample.target.objects, sample.target.background
-    does = {motion.does: name for name, motion in MOTIONS.items()}
-    grounds = {f"{name} background": name for name in BACKGROUNDS}
-    aliases, values = does | grounds, {}
-    for name, words, right in [
-        ("motion", [*MOTIONS, *does], item.motion),
-        ("background", grounds, ground),
-        ("colour", COLORS, item.color),
-        ("shape", SHAPES, item.shape),
-        ("size", SIZES, item.size),
-        ("cell", CELLS, item.cell),
-    ]:
-        pattern = rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b"
-        found = re.findall(pattern, answer)
-        answer = re.sub(pattern, "", answer)  # once read, "moving left" names no cell
+    """Understanding: each fact of the one object that is shown, and of the background."""
+    _, scene = read_caption(answer) or (None, Scene(None, []))
+    [item], [found] = sample.target.objects, scene.objects if len(scene.objects) == 1 else [[None] * 5]
+    values = {("background", "right"): scene.background == sample.target.background}
+    for name, right, said in zip(("shape", "colour", "size", "cell", "motion"), item, found):
         if name != "motion" or sample.video:
-            values[name, "right"] = {aliases.get(word, word) for word in found} == {right}
+            values[name, "right"] = said == right
     return values
 
 
 def read_caption(text):
-    """What a caption of `world.describe` says: whether it is of a video, and a Scene. None of another text."""
+    """What a caption of `world.describe` says: is it of a video, and of which Scene? None of other texts."""
     cells, motions = ("|".join(sorted(names, key=len, reverse=True)) for names in (CELLS, MOTIONS))
     place = rf"(?:is|starts) at the ({cells})(?: and is ({motions}))?"
     sentence = re.compile(rf" a (\w+) (\w+) (\w+) {place}\.")
@@ -349,7 +261,7 @@ def score_copy(row, sample, output, target, source):
 
 
 def score_shapes(row, sample, output, target, source):
-    """Do shapes keep their corners? Each object's overlap, in every frame, with the ideal outline of its area."""
+    """Do shapes keep their corners? Each object's overlap, in each frame, with the outline of its area."""
     overlaps = []
     for frame in detect(output.transpose(0, 1)):
         for item in sample.target.objects:
@@ -426,8 +338,8 @@ BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows 
 
 
 def draw_batches(row, texts, samples, world, device):
-    """A row's samples as pairs (Samples, Batch of one layout); their `prompt` is the text that is used, `told`
-    what it states. No training run draws from these seeds."""
+    """A row's samples as pairs (Samples, Batch of one layout); their `prompt` is the text that is used,
+    `told` what it states. No training run draws from these seeds."""
     for number, (task, images) in enumerate(row.layouts):
         share = (samples + number) // len(row.layouts)
         seeds = (f"benchmark {row.name} {world.seed} {task} {i}" for i in count())

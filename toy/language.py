@@ -5,7 +5,7 @@
     {name}           another rule, or a fact of the sample, in words
     !                the phrase is kept out of training
 
-A fact that a text names is stated; what it leaves out is free. The benchmark alone draws the phrases behind "!".
+A fact that a text names is stated; what it leaves out is free. Only the benchmark draws phrases with "!".
 Training knows each of their words, with the same meaning, from another phrase.
 """
 
@@ -22,7 +22,7 @@ REWRITE_SYSTEM = Config().sampling.rewrite_system
 UNKNOWN = "[UNK]"  # what each unknown word is to the tokenizer
 
 RULES = """
-# Facts: "circle" in a request, "the circle" where it is seen; "left" is a place, "the left" the one to move to.
+# Facts: "circle" in a request, "the circle" where it is seen; "left": a place, "the left": the one to go to.
 small = 4*small | little | !tiny
 large = 4*large | big | !huge
 made small = 2*small | 2*smaller | tiny | !little
@@ -238,9 +238,10 @@ for way, toward, course in (
 ):
     RULES += f"""
 the {course.split()[-1]} = 3*the {course.split()[-1]} | the {course.split()[-1]} [edge|side]
-moving {way} = 4*moving {way} | 2*moving {toward} | going {way} | moving {course} | !going {toward} | !that moves {way}
-moves {way} = 4*moves {way} | is moving {way} | goes {toward} | !moves {toward} | !is moving {toward} | !goes {way}
-    | !moves {course}
+moving {way} = 4*moving {way} | 2*moving {toward} | going {way} | moving {course}
+    | !going {toward} | !that moves {way}
+moves {way} = 4*moves {way} | is moving {way} | goes {toward} | !moves {toward}
+    | !is moving {toward} | !goes {way} | !moves {course}
 move {way} = 4*move {way} | go {way} | go {toward} | !move {toward}
 """
 
@@ -365,8 +366,8 @@ def words_of(phrase):
 
 
 def toy_tokenizer():
-    """One word, one token, whatever its case and the punctuation around it. Only what the template of figure 4
-    and captions need is left of punctuation; each unknown word is one UNKNOWN."""
+    """One word, one token, whatever its case and the punctuation around it. Of punctuation only that of
+    figure 4's template and of captions is left; each unknown word is one UNKNOWN."""
     texts = [SYSTEM_PROMPT, REWRITE_SYSTEM, " ".join(GRAMMAR), " ".join(map(str, range(10)))]
     texts.append("system user assistant seconds red green blue yellow black white")
     words = {word for text in texts for word in re.findall(r"\w+", text.lower())}

@@ -61,8 +61,8 @@ class Autoencoding(Objective):
 
 
 class Captioning(Objective):
-    """The VLM's: next-token cross-entropy of the answer to what people type. What it foretells it also says under
-    the system line that asks for a caption."""
+    """The VLM's: next-token cross-entropy of the answer to what people type. What it foretells it also says
+    under the system line that asks for a caption."""
 
     def system(self, task, key):
         rewrites = task not in ("look", "watch") and chance(*key, "system").random() < 0.5

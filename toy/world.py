@@ -1,8 +1,8 @@
 """The toy world: coloured shapes on flat backgrounds, made on the fly. It stands in for the paper's data.
 
-Scenes are drawn in Python from a seed, put into words (language.py), and rendered in torch. Lengths are pixels
-of a 64-pixel frame; time runs from 0 (first frame) to 1 (last). A target follows from text and references:
-what a text leaves out stays as it is shown, or is free where nothing is shown.
+Scenes are drawn in Python from a seed, put into words (language.py), and rendered in torch. Lengths are
+pixels of a 64-pixel frame; time runs from 0 (first frame) to 1 (last). What a text leaves out stays as the
+references show it, and is free where they do not.
 """
 
 import math
@@ -49,15 +49,19 @@ MOTIONS = {"standing still": Motion("stands still", "stand still", (0, 0, 0)),
            "moving down": Motion("moves down", "move down", (0, 17, 0)),
            "growing": Motion("grows", "grow", (0, 0, 5)),
            "shrinking": Motion("shrinks", "shrink", (0, 0, -5))}
+GROWTH = {"growing": "small", "shrinking": "large"}  # the size that leaves room
 STARTS = {name: [cell for cell, (x, y) in CELLS.items() if 15 <= x + dx <= 49 and 15 <= y + dy <= 49]
           for name, (_, _, (dx, dy, _)) in MOTIONS.items()}  # cells from which there is room
+EDITS = (("recolor", "replace", "add", "background", "remove", "move", "resize"),  # told
+         ("recolor", "replace", "add", "background", "compose"))  # shown by another image
+STILL_EDITS = ("move", "resize", "compose")  # of images only
 HELD_OUT_LAYOUTS = {frozenset(pair) for pair in [  # pairs of cells that training does not see
     ("top left", "right"), ("top right", "bottom"), ("bottom right", "left"), ("bottom left", "top")]}
 # fmt: on
 Object = namedtuple("Object", "shape color size cell motion jitter")  # size, cell, jitter: in the first frame
 Scene = namedtuple("Scene", "background objects")  # of a clip, or of an image, which shows its first frame
-# kind: of edit or request; images, video, target: Scenes; told: what short_prompt states of the target, with None
-# for what it leaves free; relation: of the first object to the second one, if it states that
+# kind: of edit or request; images, video, target: Scenes; told: what short_prompt states of the target, with
+# None for what it leaves free; relation: of the first object to the second one, if it states that
 Sample = namedtuple(
     "Sample", "kind prompt short_prompt images video target told relation", defaults=[None, ""]
 )
@@ -113,7 +117,8 @@ def facts(item):
     motion = MOTIONS[item.motion]
     return {
         "size": item.size, "color": item.color, "shape": item.shape, "cell": item.cell, "motion": item.motion,
-        "does": motion.does, "do": motion.do, "seen shape": f"the {item.shape}", "the cell": f"the {item.cell}",
+        "does": motion.does, "do": motion.do,
+        "seen shape": f"the {item.shape}", "the cell": f"the {item.cell}",
     }  # fmt: skip
 
 
@@ -136,7 +141,7 @@ class SampleMaker(Speaker):
     reference images and whether the target is a clip, and returns a Sample."""
 
     def object(self, motion="standing still"):
-        size = {"growing": "small", "shrinking": "large"}.get(motion) or self.choice([*SIZES])
+        size = GROWTH.get(motion) or self.choice([*SIZES])
         jitter = (self.uniform(-1, 1), self.uniform(-1, 1))
         cell = self.choice(STARTS[motion])
         return Object(self.choice([*SHAPES]), self.choice([*COLORS]), size, cell, motion, jitter)
@@ -182,7 +187,7 @@ class SampleMaker(Speaker):
         scene = self.scene(count, clip, alike)
         text, told, relation = self.phrase(scene, clip, kind, alike)
         long = describe(scene, clip, ordered=True)
-        if self.random() < 0.05:
+        if self.random() < 0.05 and not self.all_phrases:
             text, told, relation = long, scene, ""
         return Sample(kind, long, self.mumble(text), [], None, scene, told, relation)
 
@@ -214,12 +219,9 @@ class SampleMaker(Speaker):
                 )
             phrases.append(text)
             told += [told_of(one, stated) for one in group]
-        text = self.join(
-            phrases,
-            self.choice(
-                [". ", " and "] if style == "sentence" else [" and ", ", and ", ", ", " with ", " next to "]
-            ),
-        )
+        marks = {"sentence": [". ", " and "], "first item": [", ", " and "]}
+        mark = self.choice(marks.get(style, [" and ", ", and ", ", ", " with ", " next to "]))
+        text = self.join(phrases, mark)
         if not whole:
             return text, told, ""
         rule = "quiet clip request" if quiet else "clip request" if clip else "request"
@@ -261,88 +263,80 @@ class SampleMaker(Speaker):
         return self.say(self.choice(names), **facts(item))[0]
 
     def edit(self, images, clip):
-        """The video or the last image, changed as told or as another image shows. What the text leaves out stays;
-        of an object that is added it is free."""
+        """The video or the last image, changed as told or as another image shows. What the text leaves out
+        stays; of an object that is added it is free."""
         donors = images if clip else images - 1
-        kinds = ["recolor", "replace", "add", "background"] + (["compose"] if not clip else [])
-        if not donors:
-            kinds = ["recolor", "replace", "add", "background", "remove"] + (
-                ["move", "resize"] if not clip else []
-            )
-        kind = self.choice(kinds)
+        kind = self.choice([kind for kind in EDITS[donors > 0] if not clip or kind not in STILL_EDITS])
         most = (2 if clip else 3) - (kind == "add")
         while True:
+            self.held_out = False
             shown = [self.scene(1) for _ in range(donors or 1)]
-            number = self.randrange(len(shown))
             scene = self.scene(self.randint(1, most), clip)
-            sample = self.change(kind, scene, shown, number, bool(donors), clip)
+            sample = self.change(kind, scene, shown, donors > 0, clip)
             if sample:
                 return sample
 
-    def change(self, kind, scene, shown, number, by_donor, clip):
-        """The Sample of an edit; None where it cannot be done, or changes nothing."""
+    def change(self, kind, scene, shown, by_donor, clip):
+        """The Sample of an edit of a scene by what is shown, or is told with the same facts. None where it
+        would change nothing, or tear something."""
+        number = self.randrange(len(shown))
         (ground, [new]), (here, objects) = shown[number], scene
         it = self.choice(objects)
         both = len(objects) == 2 and kind in ("recolor", "remove", "resize") and self.random() < 0.2
-        chosen = objects if both else [it]
-        others = [item for item in objects if item not in chosen]
+        name = self.say("each")[0] if both else self.refer(it, scene, clip)
+        changed = objects if both else [it]
+        others = [item for item in objects if item not in changed]
         cell = self.choice([cell for cell in CELLS if cell != it.cell])
-        words = facts(new._replace(cell=cell))
-        words |= {
-            "new": new.color,
-            "ground": ground,
-            "made": f"made {new.size}",
-            "scale": f"scale {new.size}",
-        }
-        words["it"] = self.say("each")[0] if both else self.refer(it, scene, clip)
-        words |= {"k": str(number + 1), "what": "clip" if clip else "picture"}
+        words = facts(new._replace(cell=cell)) | {
+            "it": name, "new": new.color, "ground": ground, "made": f"made {new.size}",
+            "scale": f"scale {new.size}", "what": "clip" if clip else "picture", "k": str(number + 1),
+            "donor": "of Image", "donor ground": "ground of Image",
+        }  # fmt: skip
         inside = "inside the video" if clip else "inside the image"
-        if by_donor:
-            words |= {"donor": "of Image", "donor ground": "ground of Image"}
-            if not clip:
-                base = {"k": str(len(shown) + 1)}
-                inside, words["base ground"] = (
-                    self.say("inside Image", **base)[0],
-                    self.say("ground of Image", **base)[0],
-                )
-        rule = kind if not by_donor or kind == "compose" else f"{kind} as"
-        text, stated = self.say(rule, **words)
+        if by_donor and not clip:
+            inside = self.say("inside Image", k=str(len(shown) + 1))[0]
+            words["base ground"] = self.say("ground of Image", k=str(len(shown) + 1))[0]
+        text, stated = self.say(f"{kind} as" if by_donor and kind != "compose" else kind, **words)
         if kind != "compose":
             text, _ = self.say("edit", text=text, inside=inside)
-        added = placed(new, cell)
-        told = [*objects, added if by_donor else told_of(added, stated | {"motion"})]
-        if kind == "replace":
+        if kind == "recolor":
+            target = Scene(here, others + [item._replace(color=new.color) for item in changed])
+        elif kind == "replace":
             color = new.color if by_donor or "color" in stated else it.color
             size = new.size if "size" in stated and not by_donor else it.size
-            it = it._replace(shape=new.shape, color=color, size=size)
-        # fmt: off
-        target = {"recolor": Scene(here, others + [item._replace(color=new.color) for item in chosen]),
-                  "replace": Scene(here, [*others, it]),
-                  "add": Scene(here, [*objects, added]),
-                  "remove": Scene(here, others),
-                  "background": Scene(ground, objects),
-                  "move": Scene(here, [*others, placed(it, cell)]),
-                  "resize": Scene(here, others + [item._replace(size=new.size) for item in chosen]),
-                  "compose": Scene(here, [new])}[kind]
-        # fmt: on
-        changed = [*map(facts, target.objects)] != [*map(facts, objects)] or target.background != here
-        grows = any(
-            item.size != {"growing": "small", "shrinking": "large"}.get(item.motion, item.size)
-            for item in target.objects
-        )
-        unique = len({item[:2] for item in target.objects}) == len(target.objects) or both
-        if not changed or grows or not unique or not self.is_fine(target.objects):
+            target = Scene(here, [*others, it._replace(shape=new.shape, color=color, size=size)])
+        elif kind == "add":
+            target = Scene(here, [*objects, placed(new, cell)])
+        elif kind == "remove":
+            target = Scene(here, others)
+        elif kind == "background":
+            target = Scene(ground, objects)
+        elif kind == "move":
+            target = Scene(here, [*others, placed(it, cell)])
+        elif kind == "resize":
+            target = Scene(here, others + [item._replace(size=new.size) for item in changed])
+        else:  # compose
+            target = Scene(here, [new])
+        told = target
+        if kind == "add" and not by_donor:
+            told = Scene(here, [*objects, told_of(target.objects[-1], stated | {"motion"})])
+        different = describe(target, clip) != describe(scene, clip)
+        fitting = all(GROWTH.get(item.motion, item.size) == item.size for item in target.objects)
+        if not (different and fitting and self.is_fine(target.objects)):
             return None
-        told = target._replace(objects=told) if kind == "add" else target
-        donors = shown if by_donor else []
-        images, video = (donors, scene) if clip else ([*donors, scene], None)
+        if not both and len({item[:2] for item in target.objects}) < len(target.objects):
+            return None
+        images, video = shown if by_donor else [], scene
+        if not clip:
+            images, video = [*images, scene], None
         return Sample(kind, describe(target, clip), self.mumble(text), images, video, target, told)
 
     def cast(self, images, clip):
-        """Images of one object each -> video of one or two of these objects. They begin where the text says, or as
-        their image shows them."""
+        """Images of one object each -> video of one or two of these objects. They begin where the text says,
+        or as their image shows them."""
         order = self.sample(range(images), images)
         while True:
+            self.held_out = False
             ground, objects = self.scene(self.randint(max(1, images - 1), min(images, 2)), clip)
             shown = [self.scene(1) for _ in range(images)]
             parts = []
@@ -350,16 +344,13 @@ class SampleMaker(Speaker):
                 item, k = objects[place], {"k": str(number + 1)}
                 text, stated = self.say("star", donor=self.say("of Image", **k)[0], **facts(item))
                 parts.append(text)
-                there = item
+                seen = item
                 if "cell" in stated:
                     objects[place] = item._replace(jitter=(0, 0))
-                    there = self.object()._replace(
-                        cell=self.choice([cell for cell in CELLS if cell != item.cell])
-                    )
-                there = there._replace(
-                    shape=item.shape, color=item.color, size=item.size, motion="standing still"
-                )
-                shown[number] = shown[number]._replace(objects=[there])
+                    cell = self.choice([cell for cell in CELLS if cell != item.cell])
+                    seen = self.object()._replace(cell=cell)
+                seen = Object(*item[:3], seen.cell, "standing still", seen.jitter)
+                shown[number] = shown[number]._replace(objects=[seen])
             if self.is_fine(objects):
                 break
         text = ". ".join(parts) if any("." in part for part in parts) else self.join(parts, " and ")
