@@ -62,7 +62,7 @@ def drawn(phrasing):
     return [
         (name, world.make_sample(f"tests {number}", name, images, phrasing))
         for name, images in layouts
-        for number in range(300)
+        for number in range(500)
     ]
 
 
@@ -112,43 +112,51 @@ def test_motions_are_clear_and_begin_wherever_there_is_room():
 # ----------------------------------------------------------------------------------------------------------
 
 SYNONYMS = {
-    "disc disk dot discs circles": "circle", "box block boxes squares": "square", "rhombus diamonds": "diamond",
+    "disc disk dot discs circles": "circle", "box block boxes squares": "square",
+    "rhombus diamonds": "diamond",
     "plus pluses crosses": "cross", "triangles": "triangle", "grey": "gray", "violet": "purple",
-    "turquoise": "cyan", "little tiny smaller shrink": "small", "big huge bigger larger enlarge": "large",
+    "turquoise": "cyan", "little tiny smaller": "small", "big huge bigger larger": "large",
     "upper": "top", "lower": "bottom", "centre middle": "center", "backdrop": "background",
 }  # fmt: skip
 MEANING = {word: name for words, name in SYNONYMS.items() for word in words.split()}
-MOTION = (
-    ("standing still", r"(stand\w*|stay\w*) (still|in place)|not mov\w+"),
-    ("growing", r"grow\w*|(get|becom)\w* large"),
-    ("shrinking", r"(shrinks|shrinking)|(get|becom)\w* small"),
-    ("moving", r"(?:mov|go)\w+ (?:from \w+ )?(?:to )?(?:the )?(left|right|up|down|top|bottom)(?:wards)?"),
-)
+WORDS = language.toy_tokenizer().get_vocab()
+MOTIONS = {
+    r"(stand|stay)\w* (still|in place)|not mov\w+": "standing still",
+    r"grow\w*|(get|becom)\w* large": "growing",
+    r"shrink\w*|(get|becom)\w* small": "shrinking",
+    r"(mov|go)\w* (from \w+ )?(to )?(the )?left": "moving left",
+    r"(mov|go)\w* (from \w+ )?(to )?(the )?right": "moving right",
+    r"(mov|go)\w* (from \w+ to top|up|upwards)": "moving up",
+    r"(mov|go)\w* (from \w+ to bottom|down|downwards)": "moving down",
+}
 
 
 def read(text, clip):
     """What a text says, by an independent reader: {kind of fact: set of words}."""
-    text = " ".join(MEANING.get(word, word) for word in re.findall(r"\w+", text.lower()))
+    words = [word for word in re.findall(r"\w+", text.lower()) if word in WORDS]
+    text = " ".join(MEANING.get(word, word) for word in words)
     found = collections.defaultdict(set)
 
-    def take(kind, pattern, name=lambda match: match[0]):
+    def take(kind, pattern, name=None):
         nonlocal text
-        found[kind] |= {name(match) for match in re.finditer(rf"\b(?:{pattern})\b", text)}
-        text = re.sub(rf"\b(?:{pattern})\b", "|", text)
+        pattern = re.compile(rf"\b({pattern})\b")
+        found[kind] |= {name or match[0] for match in pattern.finditer(text)}
+        text = pattern.sub("|", text)
 
-    if clip:
-        for name, pattern in MOTION[:3]:
-            take("motion", pattern.replace("shrinks|shrinking", "shrink\\w*"), lambda match, name=name: name)
-        ends = {"top": "up", "bottom": "down"}
-        take("motion", MOTION[3][1], lambda match: "moving " + ends.get(match[1], match[1]))
+    for pattern, name in MOTIONS.items() if clip else ():
+        take("motion", pattern, name)
     take("background", "black|white|gray")
-    text = re.sub("(over|in front of|on) (a )?(background )?(that is )?\\|", "", text)
-    take("relation", "(left|right)( side)? of|above|over|below|under", lambda match: match[1] and (
-        match[1] + " of") or {"over": "above", "under": "below"}.get(match[0], match[0]))  # fmt: skip
+    text = re.sub(r"(over|in front of|on) (a )?(background )?(that is )?\|", "", text)
     take("cell", "(top|bottom) (left|right)|center")
+    for name in ("left", "right"):
+        take("relation", f"{name} (side )?of", f"{name} of")
+    take("relation", "above|over", "above")
+    take("relation", "below|under", "below")
     take("cell", "top|bottom|left|right")
-    for kind, words in (("shape", world.SHAPES), ("color", world.COLORS), ("size", world.SIZES)):
-        take(kind, "|".join(words))
+    take("size", "shrink", "small")
+    take("size", "enlarge", "large")
+    for kind, names in (("shape", world.SHAPES), ("color", world.COLORS), ("size", world.SIZES)):
+        take(kind, "|".join(names))
     return found
 
 
@@ -241,7 +249,7 @@ RED, BLUE = (
     ("circle", "red", "small", "left", "moving right"),
     ("square", "blue", "small", "right", "growing"),
 )
-GREEN = ("cross", "green", "small", "top", "growing")
+GREEN = ("cross", "green", "small", "top right", "growing")
 EXAMPLES = [  # what people typed; "!": of the held-out phrases
     ("A small blue square on a white background.", [BLUE], {}),
     ("!RED CIRCLE", [RED], {}),
@@ -253,7 +261,7 @@ EXAMPLES = [  # what people typed; "!": of the held-out phrases
     ("!turn it blue", [RED], {"edit": "recolor"}),
     ("!remove the circle", [RED], {"edit": "remove"}),
     ("!Change the color of the red circle to blue.", [RED], {"edit": "recolor"}),
-    ("!make both blue", [RED, GREEN], {"edit": "recolor"}),
+    ("!make both blue", [RED, (*GREEN[:3], "bottom", "standing still")], {"edit": "recolor"}),
 ]
 
 
@@ -394,10 +402,10 @@ def test_the_benchmarks_see_each_scene_of_the_toy_world_through_blur_and_noise(t
     for task, count, times in (("t2i", 150, [0]), ("t2v", 20, [0, 0.5, 1])):
         samples = [toy.draw(task, 0, index) for index in range(count)]
         pixels = blurred(toy.collate(task, samples, "cpu").target)
-        for (*_, told), clip in zip(samples, pixels):
+        for sample, clip in zip(samples, pixels):
             frames = clip[:, [round(time * (clip.shape[1] - 1)) for time in times]]
             seen = benchmark.detect(frames.transpose(0, 1))
-            right += [benchmark.fits(a, told, time) for a, time in zip(seen, times, strict=True)]
+            right += [benchmark.fits(a, sample.target, time) for a, time in zip(seen, times, strict=True)]
     assert len(right) == 210 and sum(right) >= 208
 
 
@@ -447,8 +455,10 @@ def test_answers_are_scored_fact_by_fact():
     sample = world.Sample("", "", "", [], TOLD, scene_of(ONE))
     for text, wrong in {
         "A video on a gray background. A small red cross starts at the left and is growing.": "",
-        "a video on a gray background. a large red cross starts at the top left and is moving left.": "size motion cell",
-        "An image on a white background. A small blue circle is at the left.": "colour shape background motion",
+        "a video on a gray background. a large red cross starts at the top left and is moving left."
+        "": "size motion cell",
+        "An image on a white background. A small blue circle is at the left.": "colour shape background "
+        "motion",
         "a small red cross grows at the left": "colour shape background motion size cell",
     }.items():
         values = benchmark.score_answer("clips", sample, text, None, None)
@@ -488,7 +498,8 @@ def test_only_what_a_text_states_counts_in_a_phrasing():
     told = world.Scene(None, [world.Object("cross", "red", None, None, "growing", None)])
     clips = world.render(
         [scene_of(ONE), scene_of(("cross", "red", "small", "top right", "growing"), ground="white"),
-         scene_of((*cross[:4], "moving right")), scene_of(circle), scene_of(ONE, TWO)], 9, 64, "cpu")  # fmt: skip
+         scene_of((*cross[:4], "moving right")), scene_of(circle), scene_of(ONE, TWO)],
+        9, 64, "cpu")  # fmt: skip
     sample = world.Sample("", "", "", [], None, scene_of(ONE), told)
     right = [benchmark.score_phrasing("clips, known", sample, clip, clips[0], None) for clip in clips]
     assert [values["clips", "known"] for values in right] == [True, True, False, False, False]
@@ -513,6 +524,8 @@ def test_perfect_outputs_are_all_right_in_every_benchmark(toy):
     results, _ = benchmark.measure(benchmark.SUITES, 4, toy, "cpu", ideal)
     assert [len(values) for values in results.values()] == [8, 8, 18, 6, 13, 12, 18, 6, 9, 2, 2, 4]
     for (row, column), values in itertools.chain(*[suite.items() for suite in results.values()]):
+        if column == "overlap":  # of outlines around the middle of what is seen
+            values = [value > 0.95 for value in values]
         best = {"identities swapped": False, "gray levels": 0}
         best |= dict.fromkeys(["rest, dB", "first frame, dB", "PSNR, dB"], 60)
         best = best.get(column, True)

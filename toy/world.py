@@ -283,7 +283,9 @@ class SampleMaker(Speaker):
         (ground, [new]), (here, objects) = shown[number], scene
         it = self.choice(objects)
         both = len(objects) == 2 and kind in ("recolor", "remove", "resize") and self.random() < 0.2
-        name = self.say("each")[0] if both else self.refer(it, scene, clip)
+        name = ""
+        if kind not in ("add", "background", "compose"):  # whose texts name no object of the scene
+            name = self.say("each")[0] if both else self.refer(it, scene, clip)
         changed = objects if both else [it]
         others = [item for item in objects if item not in changed]
         cell = self.choice([cell for cell in CELLS if cell != it.cell])
@@ -295,7 +297,8 @@ class SampleMaker(Speaker):
         inside = "inside the video" if clip else "inside the image"
         if by_donor and not clip:
             inside = self.say("inside Image", k=str(len(shown) + 1))[0]
-            words["base ground"] = self.say("ground of Image", k=str(len(shown) + 1))[0]
+            if kind == "compose":
+                words["base ground"] = self.say("ground of Image", k=str(len(shown) + 1))[0]
         text, stated = self.say(f"{kind} as" if by_donor and kind != "compose" else kind, **words)
         if kind != "compose":
             text, _ = self.say("edit", text=text, inside=inside)
