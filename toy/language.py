@@ -63,7 +63,7 @@ growing = 4*growing | getting larger | becoming bigger | !getting bigger
 shrinking = 4*shrinking | getting smaller | becoming smaller | !that gets smaller
 stands still = 4*stands still | stays still | is standing still | does not move | !is not moving
     | !stays in place
-grows = 4*grows | is growing | gets [bigger|larger] | !is getting [bigger|larger] | !becomes bigger
+grows = 4*grows | is growing | gets [bigger|larger] | !2*is getting [bigger|larger] | !becomes bigger
 shrinks = 4*shrinks | is shrinking | gets smaller | !is getting smaller | !becomes smaller
 stand still = 4*stand still | stay in place | not move
 grow = 4*grow | get bigger | become bigger | !become larger
@@ -79,24 +79,24 @@ picture = 3*image | 2*picture | drawing | !photo
 clip = 3*video | 2*clip | !animation | !movie
 please = 4* | please | !could you please
 lead = 6*{please} [draw|show|paint|make|create|generate] | I want [|to see |to have ] | show me
-    | [an|the] image of | draw [a picture|an image] of | I need | I'd like | !give me | !a picture of
-    | !a photo of | !I would like | !can you draw | !please make [a picture|an image] of | !an image with
+    | [an|the] image of | draw [a picture|an image] of | I need | I'd like | give me | !a picture of
+    | !a photo of | I would like | can you draw | !please make [a picture|an image] of | !an image with
 clip lead = 8* | {please} [show|make|create|generate] | I want [|to see ] | show me | [a|the] video of
-    | I would like to see | a clip of | make [a video|an animation] of | !give me | !a movie of
-    | !I would like | !can you make [|a video of ] | !an animation of | !please make a clip of
+    | I would like to see | a clip of | make [a video|an animation] of | give me | !a movie of
+    | I would like | !can you make [|a video of ] | an animation of | !please make a clip of
 back = 4*background | backdrop
 the back = 6*the {back} | !{back}
 on = 6*on a {ground} {back} | on {ground} | with a {ground} {back} | against a {ground} {back}
-    | !over a {ground} {back} | !in front of a {ground} {back} | !on a {back} that is {ground}
+    | !over a {ground} {back} | !in front of a {ground} {back} | on a {back} that is {ground}
 ground is = 4*the {back} is {ground} | {ground} {back} | a {ground} {back} | !use a {ground} {back}
-    | !make the {back} {ground} | !the {back} should be {ground}
+    | make the {back} {ground} | !the {back} should be {ground}
 request = 6*{lead} {list} | 3*{lead} {list} {on} | 3*{list} {on} | !{list} | !{list} | {on} {list}
-    | {lead} {list}. {ground is} | {ground is}. {list} | !{on}[: |, there is |, draw ]{list}
-    | ![|a ]{ground} {back} with {list} | !{list}, {ground is} | !{list}, that is all, {on}
+    | {lead} {list}. {ground is} | {ground is}. {list} | {on}[: |, there is |, draw ]{list}
+    | ![|a ]{ground} {back} with {list} | !{list}, {ground is}
 request in sentences = 6*{list} | 2*{list}. {ground is} | 2*{ground is}. {list}
     | [an image|a picture] {on}. {list} | !{list}, {on} | ![in the {picture}, |{please} draw this: ]{list}
 clip request = 6*{clip lead} {list} | 5*{clip lead} {list} {on} | {on} {list}
-    | {clip lead} {list}. {ground is} | {ground is}. {list} | !{on}[: |, there is |, show ]{list}
+    | {clip lead} {list}. {ground is} | {ground is}. {list} | {on}[: |, there is |, show ]{list}
     | !{ground} {back} with {list} | !{list}, {ground is}
 clip request in sentences = 6*{list} | 2*{list} {on} | 2*{list}. {ground is} | 2*{ground is}. {list}
     | {on} {list} | a {clip} {on}. {list} | !{list}, {on} | !in the {clip}, {list}
@@ -108,7 +108,7 @@ quiet lead = a video of | {please} make a clip of | {please} show a video of | !
 item = 5*{thing} | 5*{thing} {cell} | !{thing}, {cell},
 first item = 3*{cell} {thing} | {cell}: {thing} | !{cell}, we see {thing}
 sentence = 3*there is {thing} | 4*{thing} is {cell} | there is {thing} {cell} | {cell} there is {thing}
-    | !{cell} is {thing} | !{cell}: {thing} | !{thing}. it is {cell} | !{thing} stands {cell}
+    | {cell} is {thing} | !{cell}: {thing} | !{thing}. it is {cell} | {thing} stands {cell}
 items = {things}
 sentences = 3*there are {things} | !draw {things} | !I want {things}
 moving item = 5*{thing} {motion} | 3*{thing} {cell} {motion} | 2*{thing} {motion} from {the cell}
@@ -117,12 +117,12 @@ first moving item = 3*{cell} {thing} {motion} | {cell}: {thing} {motion} | !{cel
 moving sentence = 5*{thing} {does} | 3*{thing} {cell} {does} | 2*{thing} starts {cell} and {does}
     | there is {thing} {motion} | [make|let] {thing} {do} | {thing} is {cell}. it {does}
     | {cell} {thing} {does} | !{thing}. it {does} | !there is {thing} {cell}. it {does}
-    | !{thing} {does} from {the cell} | !there is {thing} and it {does} | !{thing} begins {cell} and {does}
-    | !animate {thing}: it {does}
+    | {thing} {does} from {the cell} | !there is {thing} and it {does} | {thing} begins {cell} and {does}
+    | animate {thing}: it {does}
 moving items = {things} {motion} | !{things}, all {motion}
 moving sentences = there are {things}. they are {motion} | !there are {things} {motion}
 relation = 4*{first} {how} {second} | {first} is {how} {second} | there is {first} {how} {second}
-    | !{how} {second} [there |]is {first} | !{second}, and {how} it {first} | !{first}, {how} {second}
+    | !{how} {second} [there |]is {first} | !{second}, and {how} it {first} | {first}, {how} {second}
 # Things that are there: in a picture, in a video, in one of several
 only = 4*it | 2*the object | the shape | this | !this one | !this object
 by shape = 3*the {seen shape} | {seen shape} | !that {seen shape}
@@ -146,71 +146,71 @@ recolor = 3*{please} [make|paint] {it} {new} | {please} change {it} to {new} | c
     | change the [color|colour] of {it} into {new} | {it} should [be|become] {new}
     | set the [color|colour] of {it} to {new} | let {it} be {new} | recolor {it} in {new}
     | !{please} change the [color|colour] of {it} to {new} | ![recolor|repaint] {it} {new}
-    | !I want {it} {new} | !I want {it} to be {new} | !{it} in {new} | !give {it} the [color|colour] {new}
+    | I want {it} {new} | !I want {it} to be {new} | {it} in {new} | give {it} the [color|colour] {new}
     | !turn {it} into {new}
 replace = 3*{please} replace {it} [with|by] {thing} | {please} swap {it} for {thing} | turn {it} into {thing}
     | put {thing} in place of {it} | change {it} to {thing} | {it} should be {thing}
     | !{please} swap {it} with {thing} | !{please} change {it} into {thing} | !{thing} instead of {it}
-    | put {thing} where {it} is | !make {it} {thing} | !put {thing} in the place of {it}
+    | put {thing} where {it} is | make {it} {thing} | put {thing} in the place of {it}
     | !I want {thing} instead of {it}
 add = 3*{please} [add|put|draw] {thing}[2* {cell}|] | {please} insert {thing}[2* {cell}|] | add {cell} {thing}
     | there should be {thing}[ {cell}|] | place {thing} {cell}
-    | {please} add one more object: {thing}[2* {cell}|] | !{please} insert {cell} {thing}
+    | {please} add one more object: {thing}[2* {cell}|] | {please} insert {cell} {thing}
     | !I want {thing} {cell} too | !also {thing}[| {cell}] | {please} also add {thing}
-    | show {thing} {cell} too | !{cell} there should be {thing} | !{please} also put {thing} {cell}
-    | !one more: {thing}
+    | show {thing} {cell} too | !{cell} there should be {thing} | {please} also put {thing} {cell}
+    | one more: {thing}
 remove = 3*{please} [delete|erase] {it} | {please} remove {it} from the {what} | !{please} remove {it}
     | !remove {it} | {please} take {it} away | get rid of {it} | {it} should be gone
     | take {it} out of the {what} | the {what} without {it} | I want {it} gone | !delete {it} please
-    | !{please} get {it} out of the {what} | !take away {it} | !take {it} out | !without {it}
-    | !{please} make {it} go away | !I do not want {it}
+    | {please} get {it} out of the {what} | take away {it} | take {it} out | !without {it}
+    | {please} make {it} go away | !I do not want {it}
 background = 3*{please} [make|paint|turn] {the back} {ground} | {please} change {the back} to {ground}
     | set {the back} to {ground} | {the back} should be {ground} | {the back} becomes {ground}
     | repaint {the back} {ground} | use a {ground} {back} | put everything on a {ground} {back}
     | {ground} {back} | !{please} change the [color|colour] of {the back} to {ground}
-    | !give it a {ground} {back} | !replace {the back} [with|by] {ground} | !I want a {ground} {back}
-    | !on {ground} | !let the {back} be {ground} | !recolor {the back} {ground}
+    | give it a {ground} {back} | !replace {the back} [with|by] {ground} | !I want a {ground} {back}
+    | !on {ground} | let the {back} be {ground} | recolor {the back} {ground}
 move = 3*{please} [move|shift] {it} to {the cell} | {please} [put|place] {it} {cell} | {it} should be {cell}
-    | !bring {it} to {the cell} | !I want {it} {cell} | !{please} change the place of {it} to {the cell}
-    | !let {it} be {cell} | !set {it} {cell}
+    | bring {it} to {the cell} | !I want {it} {cell} | !{please} change the place of {it} to {the cell}
+    | let {it} be {cell} | set {it} {cell}
 resize = 3*{please} [make|draw] {it} {made} | {please} {scale} {it} | {it} should be {made}
     | turn {it} into a {size} one | change the size of {it} to {size} | bring the size of {it} to {size}
-    | !I want {it} {made} | !change {it} to {size} | !let {it} be {made} | !set the size of {it} to {size}
+    | !I want {it} {made} | !change {it} to {size} | let {it} be {made} | !set the size of {it} to {size}
 scale small = shrink | !make smaller
 scale large = enlarge | !make bigger
 # Edits that another image shows
 recolor as = 2*{please} [make|paint] {it} the [color|colour] of {donor}
     | give {it} the [color|colour] of {donor} | change the [color|colour] of {it} to that of {donor}
-    | !paint {it} like {donor} | !{it} should have the [color|colour] of {donor}
+    | paint {it} like {donor} | !{it} should have the [color|colour] of {donor}
     | !use the [color|colour] of {donor} for {it}
 replace as = 2*{please} replace {it} [with|by] {donor} | swap {it} for {donor} | turn {it} into {donor}
-    | put {donor} in place of {it} | !swap {it} with {donor} | !{donor} instead of {it}
+    | put {donor} in place of {it} | !swap {it} with {donor} | {donor} instead of {it}
     | !change {it} into {donor}
 add as = 2*{please} [add|put] {donor} {cell} | insert {donor} {cell} | there should be {donor} {cell}
-    | !place {donor} {cell} | !{cell} there should be {donor} | !also {donor} {cell}
+    | place {donor} {cell} | !{cell} there should be {donor} | !also {donor} {cell}
 background as = 2*{please} [use|show] {donor ground} | give it {donor ground}
     | replace the {back} [with|by] {donor ground} | make the {back} like that of Image {k}
-    | !change the {back} to {donor ground} | !put everything on {donor ground} | !I want {donor ground}
+    | !change the {back} to {donor ground} | !put everything on {donor ground} | I want {donor ground}
 compose = 2*{please} [put|show|place] {donor} on {base ground} | {donor} on {base ground}
     | {donor} in front of {base ground} | !draw {donor} on {base ground} | !on {base ground}, {donor}
 # A still image comes to life; clips of what images show; a motion again
 animate = 3*{it} {does} | 2*{please} make {it} {do} | let {it} {do} | {it} should {do}
-    | !{please} have {it} {do} | !I want {it} to {do} | !show {it} {motion} | !{it} is {motion}
+    | !{please} have {it} {do} | I want {it} to {do} | show {it} {motion} | !{it} is {motion}
 animated = 5*{list} | 2*animate Image 1: {list} | animate the image: {list} | {list} in the video
-    | a video in which {list} | !animate it: {list} | !in the [clip|video], {list} | !make a video: {list}
+    | a video in which {list} | animate it: {list} | !in the [clip|video], {list} | make a video: {list}
     | !a clip in which {list}
 star = 3*{donor} {does} | {donor} begins {cell} and {does} | {donor} {cell} {does}
-    | 2*{donor} starts {cell} and {does} | a video of {donor} {motion} | make {donor} {do} | !let {donor} {do}
-    | !show {donor} {motion} | !{donor}. it {does} | !animate {donor}: it {does}
+    | 2*{donor} starts {cell} and {does} | a video of {donor} {motion} | make {donor} {do} | let {donor} {do}
+    | !show {donor} {motion} | !{donor}. it {does} | animate {donor}: it {does}
 stars = 3*{list} | 2*{list} on a {ground} {back} | on a {ground} {back}, {list} | !{list}. {ground is}
     | !{ground is}. {list}
 stars elsewhere = 3*{list} on {donor ground} | on {donor ground}, {list} | !{list}. use {donor ground}
     | !{list} in front of {donor ground}
 clone = 2*{please} [move|animate] {it} [as|like the object] in Video 1
     | make {it} move as in [the video|Video 1] | {it} moves as in [Video 1|the clip]
-    | [copy|use] the motion of Video 1 for {it} | {it} does what Video 1 shows | !animate {it} like Video 1
-    | !move {it} like the object of the video | !let {it} move as the video shows
-    | !{it} with the motion of [the video|Video 1] | !{it} should move like in Video 1
+    | [copy|use] the motion of Video 1 for {it} | {it} does what Video 1 shows | animate {it} like Video 1
+    | !move {it} like the object of the video | let {it} move as the video shows
+    | {it} with the motion of [the video|Video 1] | !{it} should move like in Video 1
 clone object = 3*the object of Image 1 | 2*Image 1 | the object in Image 1 | it
 # Questions
 look = 4*describe Image {k} | what is in Image {k} | what does Image {k} show
