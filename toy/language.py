@@ -69,7 +69,7 @@ stand still = 4*stand still | stay in place | not move
 grow = 4*grow | get bigger | become bigger | !become larger
 shrink = 4*shrink | get smaller | !become smaller
 # Things that are not there yet
-a = 5*a | 3* | the | one
+a = 4*a | 3* | 2*the | one
 thing = 5*{a} [2*|{size}] {color} {shape} | !{a} {color} {size} {shape} | !{a} [|{size}] {shape} in {color}
     | {a} [|{size}] {shape} that is {color} | {a} [|{size}] {shape}
 things = 4*{number} [2*|{size} ]{color} {plural} | {number} [|{size} ]{plural} | !{number} {plural} in {color}

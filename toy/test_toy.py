@@ -268,7 +268,7 @@ EXAMPLES = [  # what people typed; "!": of the held-out phrases
 @pytest.mark.parametrize("text, objects, how", EXAMPLES, ids=[example[0] for example in EXAMPLES])
 def test_the_grammar_makes_what_people_type(text, objects, how):
     maker, scene = world.SampleMaker(0, "unknown"), scene_of(*objects, ground="white")
-    for _ in range(30_000):
+    for _ in range(60_000):
         maker.held_out = False
         if "edit" in how:
             sample = maker.change(how["edit"], scene, [scene_of(BLUE)], False, False)
