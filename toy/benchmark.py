@@ -279,7 +279,8 @@ def belongs(sample, row):
     items = sample.target.objects
     apart = all(len({getattr(item, name) for item in items}) == len(items) for name in row.differ)
     stirs = any(item.motion != "standing still" for item in items) or not row.moves
-    return row.kind in (None, sample.kind) and apart and stirs and row.objects in (None, len(items))
+    typed = sample.prompt != sample.short_prompt or sample.images or sample.video  # no caption in its place
+    return typed and row.kind in (None, sample.kind) and apart and stirs and row.objects in (None, len(items))
 
 
 IMAGE, CLIP = [("t2i", 0)], [("t2v", 0)]

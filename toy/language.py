@@ -58,9 +58,9 @@ left of = 4*left of | 2*to the left of | !on the left of | !on the left side of
 right of = 4*right of | 2*to the right of | !on the right of | !on the right side of
 above = 4*above | over
 below = 4*below | under
-standing still = 4*standing still | not moving | staying still | !that stands still
+standing still = 4*standing still | not moving | staying still
 growing = 4*growing | getting larger | becoming bigger | !getting bigger
-shrinking = 4*shrinking | getting smaller | becoming smaller | !that gets smaller
+shrinking = 4*shrinking | getting smaller | becoming smaller
 stands still = 4*stands still | stays still | is standing still | does not move | !is not moving
     | !stays in place
 grows = 4*grows | is growing | gets [bigger|larger] | !2*is getting [bigger|larger] | !becomes bigger
@@ -112,7 +112,7 @@ sentence = 3*there is {thing} | 4*{thing} is {cell} | there is {thing} {cell} | 
 items = {things}
 sentences = 3*there are {things} | !draw {things} | !I want {things}
 moving item = 5*{thing} {motion} | 3*{thing} {cell} {motion} | 2*{thing} {motion} from {the cell}
-    | !{thing}, {motion}[|, {cell}]
+    | !{thing}, {motion}[|, {cell}] | !{thing} that {does}
 first moving item = 3*{cell} {thing} {motion} | {cell}: {thing} {motion} | !{cell}, we see {thing} {motion}
 moving sentence = 5*{thing} {does} | 3*{thing} {cell} {does} | 2*{thing} starts {cell} and {does}
     | there is {thing} {motion} | [make|let] {thing} {do} | {thing} is {cell}. it {does}
@@ -239,7 +239,7 @@ for way, toward, course in (
     RULES += f"""
 the {course.split()[-1]} = 3*the {course.split()[-1]} | the {course.split()[-1]} [edge|side]
 moving {way} = 4*moving {way} | 2*moving {toward} | going {way} | moving {course}
-    | !going {toward} | !that moves {way}
+    | !going {toward}
 moves {way} = 4*moves {way} | is moving {way} | goes {toward} | !moves {toward}
     | !is moving {toward} | !goes {way} | !moves {course}
 move {way} = 4*move {way} | go {way} | go {toward} | !move {toward}

@@ -40,7 +40,8 @@ SIZES = {"small": 7.5, "large": 12.5}  # radii
 CELLS = {"top left": (15, 15), "top": (32, 15), "top right": (49, 15),
          "left": (15, 32), "center": (32, 32), "right": (49, 32),
          "bottom left": (15, 49), "bottom": (32, 49), "bottom right": (49, 49)}
-MARGIN, GAP = 1.5, 1.5  # pixels between an object and the frame's edge, and between two objects
+JITTER = 1  # how far an object lies from the middle of its cell: 1.5 pixels remain to the frame's edge
+GAP = 1.5  # between two objects
 Motion = namedtuple("Motion", "does do change")  # change: d(x, y, r)
 MOTIONS = {"standing still": Motion("stands still", "stand still", (0, 0, 0)),
            "moving left": Motion("moves left", "move left", (-17, 0, 0)),
@@ -55,6 +56,9 @@ STARTS = {name: [cell for cell, (x, y) in CELLS.items() if 15 <= x + dx <= 49 an
 EDITS = (("recolor", "replace", "add", "background", "remove", "move", "resize"),  # told
          ("recolor", "replace", "add", "background", "compose"))  # shown by another image
 STILL_EDITS = ("move", "resize", "compose")  # of images only
+STYLES = ("item", "item", "sentence", "sentence", "first item")  # rules of language.py for objects in a list
+MARKS = {"item": (" and ", ", and ", ", ", " with ", " next to "), "first item": (", ", " and "),
+                "sentence": (". ", " and ")}  # between the last two
 HELD_OUT_LAYOUTS = {frozenset(pair) for pair in [  # pairs of cells that training does not see
     ("top left", "right"), ("top right", "bottom"), ("bottom right", "left"), ("bottom left", "top")]}
 # fmt: on
@@ -112,6 +116,13 @@ def placed(item, cell):
     return item if item.cell == cell else item._replace(cell=cell, jitter=(0, 0))
 
 
+def join(parts, mark):
+    """A list in words, with a mark before the last part."""
+    *others, last = parts
+    between = mark if mark == ". " else ", "
+    return f"{between.join(others)}{mark}{last}" if others else last
+
+
 def facts(item):
     """What a phrase can say of an object, by the names of language.py."""
     motion = MOTIONS[item.motion]
@@ -142,7 +153,7 @@ class SampleMaker(Speaker):
 
     def object(self, motion="standing still"):
         size = GROWTH.get(motion) or self.choice([*SIZES])
-        jitter = (self.uniform(-1, 1), self.uniform(-1, 1))
+        jitter = (self.uniform(-JITTER, JITTER), self.uniform(-JITTER, JITTER))
         cell = self.choice(STARTS[motion])
         return Object(self.choice([*SHAPES]), self.choice([*COLORS]), size, cell, motion, jitter)
 
@@ -170,65 +181,56 @@ class SampleMaker(Speaker):
         objects[:alike] = sorted(objects[:alike], key=reading_order)
         return Scene(self.choice([*BACKGROUNDS]), objects)
 
-    def join(self, parts, mark):
-        """A list in words."""
-        between = mark if mark == ". " else ", "
-        return mark.join([*filter(None, [between.join(parts[:-1])]), parts[-1]])
-
     def request(self, images, clip):
-        """Text -> image or video. Texts state some of the scene, and the rest is free."""
-        kind = self.choice(["", "", "", "counting"] if clip else ["", "", "", "counting", "position"])
-        count = self.randint(2, 2 if clip else 3) if kind == "counting" else self.randint(1, 2 if clip else 3)
+        """Text -> image or video. The text states some of the scene, and the rest is free."""
+        most = 2 if clip else 3
+        kind = self.choice(["", "", "", "", "counting"] if clip else ["", "", "", "counting", "position"])
+        count = {"": self.randint(1, most), "counting": self.randint(2, most), "position": 2}[kind]
         alike = count if kind == "counting" else 1
-        if kind == "position":
-            count = 2
-        elif kind == "counting" and count == 3 and self.random() < 0.3:
+        if alike == 3 and self.random() < 0.3:
             kind, alike = "mixed", 2
         scene = self.scene(count, clip, alike)
-        text, told, relation = self.phrase(scene, clip, kind, alike)
-        long = describe(scene, clip, ordered=True)
+        long, (text, told, relation) = (
+            describe(scene, clip, ordered=True),
+            self.phrase(scene, clip, kind, alike),
+        )
         if self.random() < 0.05 and not self.all_phrases:
             text, told, relation = long, scene, ""
         return Sample(kind, long, self.mumble(text), [], None, scene, told, relation)
 
-    def phrase(self, scene, clip, kind, alike, whole=True):
+    def phrase(self, scene, clip, kind="", alike=1):
         """A request for a scene as people type it, what it states, and the relation that it states."""
-        quiet = clip and whole and self.random() < 0.06  # what moves how is free, then
-        style = "item" if quiet else self.choice(["item", "item", "sentence", "sentence", "first item"])
-        moving = "moving " if clip and not quiet else ""
-        style = "item" if kind in ("counting", "mixed", "position") and style == "first item" else style
-        phrases, told = [], []
+        quiet, relation = clip and self.random() < 0.06, ""  # quiet: what moves how is free
+        style = self.choice(["item", "sentence"] if alike > 1 else STYLES)
+        if quiet or kind == "position":
+            style = "item"
         if kind == "position":
-            first, second = scene.objects
-            how = self.choice(relations(first, second))
-            texts = [self.say("thing", **facts(item)) for item in scene.objects]
-            text, _ = self.say("relation", first=texts[0][0], second=texts[1][0], how=how)
-            told = [told_of(item, stated) for item, (_, stated) in zip(scene.objects, texts)]
-            phrases, style = [text], "item"
-        groups = [scene.objects[:alike], *[[item] for item in scene.objects[alike:]]]
-        for group in groups if kind != "position" else []:
-            item = group[0]
-            if len(group) > 1:
-                number = "three" if len(group) == 3 else "two moving" if clip else "two"
-                plural = f"{item.shape}{'es' if item.shape == 'cross' else 's'}"
-                text, stated = self.say(f"{moving}{style}s", **facts(item), number=number, plural=plural)
-            else:
-                text, stated = self.say(
-                    style.replace("item", f"{moving}item").replace("sentence", f"{moving}sentence"),
-                    **facts(item),
-                )
-            phrases.append(text)
-            told += [told_of(one, stated) for one in group]
-        marks = {"sentence": [". ", " and "], "first item": [", ", " and "]}
-        mark = self.choice(marks.get(style, [" and ", ", and ", ", ", " with ", " next to "]))
-        text = self.join(phrases, mark)
-        if not whole:
-            return text, told, ""
-        rule = "quiet clip request" if quiet else "clip request" if clip else "request"
-        rule += "" if style == "item" else " in sentences"
+            relation = self.choice(relations(*scene.objects))
+            (first, stated), (second, more) = (self.say("thing", **facts(item)) for item in scene.objects)
+            text, _ = self.say("relation", first=first, second=second, how=relation)
+            told = [told_of(*pair) for pair in zip(scene.objects, (stated, more))]
+        else:
+            text, told = self.list_objects(scene.objects, clip and not quiet, style, alike)
+        rule = "request" if style == "item" else "request in sentences"
+        rule = "quiet clip request" if quiet else f"clip {rule}" if clip else rule
         text, stated = self.say(rule, list=text, ground=scene.background)
-        told = Scene(scene.background if "ground" in stated else None, told)
-        return text + self.choice(["", "."]), told, how if kind == "position" else ""
+        ground = scene.background if "ground" in stated else None
+        return text + self.choice(["", "."]), Scene(ground, told), relation
+
+    def list_objects(self, objects, moving, style, alike=1):
+        """Objects in words, as items of a list or as sentences, and what these state. The first are `alike`."""
+        rule, phrases, told = style, [], []
+        if moving:
+            rule = style.replace("item", "moving item").replace("sentence", "moving sentence")
+        for group in [objects[:alike], *([item] for item in objects[alike:])]:
+            words = facts(group[0])
+            if len(group) > 1:
+                words["number"] = "three" if len(group) == 3 else "two moving" if moving else "two"
+                words["plural"] = f"{words['shape']}{'es' if words['shape'] == 'cross' else 's'}"
+            text, stated = self.say(f"{rule}s" if len(group) > 1 else rule, **words)
+            phrases.append(text)
+            told += [told_of(item, stated) for item in group]
+        return join(phrases, self.choice(MARKS[style])), told
 
     def animate(self, images, clip):
         """Image 1 is the first frame -> video. What the text does not name stands still."""
@@ -238,12 +240,12 @@ class SampleMaker(Speaker):
             if moving:
                 break
         if self.random() < 0.3:
-            text, _, _ = self.phrase(scene, True, "", 1, whole=False)
+            text, _ = self.list_objects(scene.objects, True, self.choice(STYLES))
             text, _ = self.say("animated", list=text)
         else:
             named = moving if self.random() < 0.7 else scene.objects
             parts = [self.say("animate", it=self.refer(item, scene), **facts(item))[0] for item in named]
-            text = self.join(parts, " and ")
+            text = join(parts, " and ")
         return Sample("", describe(scene, clip), self.mumble(text), [scene], None, scene, scene)
 
     def refer(self, item, scene, clip=True):
@@ -356,7 +358,7 @@ class SampleMaker(Speaker):
                 shown[number] = shown[number]._replace(objects=[seen])
             if self.is_fine(objects):
                 break
-        text = ". ".join(parts) if any("." in part for part in parts) else self.join(parts, " and ")
+        text = ". ".join(parts) if any("." in part for part in parts) else join(parts, " and ")
         if images > len(objects):
             ground = shown[order[-1]].background
             source = self.say("ground of Image", k=str(order[-1] + 1))[0]
