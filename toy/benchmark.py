@@ -21,93 +21,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from toy.detect import UNITS, Seen, detect, looks, overlap, shrink
-from toy.world import (
-    BACKGROUNDS, CELLS, MOTIONS, Object, Scene, ToyWorld, make_sample, relations, trace,
+from toy.detect import (
+    UNITS, Seen, detect, fits, is_related, looks, moves_right, obeys, overlap, pairings, shrink,
 )  # fmt: skip
+from toy.world import CELLS, MOTIONS, Object, Scene, ToyWorld, make_sample, relations
 from train import TINY, bounded, contact_sheet, make_stage, panels
 from vino import InputError, Vino, apply_rope, attend
 
 # how: a key of `ways`, see `measure`; mean: the name of a last row, of all others; texts: "long", "short", or
 # "both", half of the samples each
 Suite = namedtuple("Suite", "score rows how mean texts", defaults=["generate", None, "both"])
-# layouts: (task of the toy world, number of images); the rest says which samples: see `belongs`
-FIELDS = "name layouts kind objects differ moves phrasing"
-Row = namedtuple("Row", FIELDS, defaults=["", None, (), False, "known"])
-
-
-def is_there(thing, item, place, sizes=True):
-    """Is a thing an object of a text, as far as it tells? It lies within 4 pixels of its place (x, y, r)
-    and, if sizes count, within 2.5 of its radius: half the way from small to large."""
-    x, y, r = place
-    near = item.cell is None or math.hypot(thing.x - x, thing.y - y) < 4
-    large = item.size is None or not sizes or abs(thing.r - r) < 2.5
-    return near and large and thing.shape == item.shape and item.color in (None, thing.color)
-
-
-def fits(seen, scene, time=0.0, sizes=True):
-    """Does a frame show the objects of that moment of the scene, and nothing else?"""
-    places = [trace(item, time) for item in scene.objects]
-    orders = permutations(seen.things) if len(seen.things) == len(places) else ()
-    return seen.background == scene.background and any(
-        all(is_there(*each, sizes) for each in zip(order, scene.objects, places)) for order in orders
-    )
-
-
-def pairings(seen, told):
-    """Things of the first and of the last frame, in all orders that have the told shapes and colours."""
-    begin, end = seen[0].things, seen[-1].things
-    if not len(begin) == len(end) == len(told):
-        return
-    for first in permutations(begin):
-        if all(a.shape == b.shape and b.color in (None, a.color) for a, b in zip(first, told)):
-            for last in permutations(end):
-                if all(a[:2] == b[:2] for a, b in zip(first, last)):
-                    yield first, last
-
-
-def motion(first, last):
-    """The motion, out of MOTIONS, that is nearest to what a thing did."""
-    scale = np.array((1, 1, 3.4))  # 5 pixels of radius are as much as 17 of way
-    change = np.subtract(last[2:5], first[2:5]) * scale
-    return min(MOTIONS, key=lambda name: math.dist(change, MOTIONS[name].change * scale))
-
-
-def moves_right(seen, told):
-    """Does everything move as it is told?"""
-    return any(
-        all(item.motion in (None, motion(*ends)) for item, *ends in zip(told, first, last))
-        for first, last in pairings(seen, told)
-    )
-
-
-def is_related(order, relation):
-    """Does the relation hold between the first two things?"""
-    if not relation:
-        return True
-    dx, dy = order[1].x - order[0].x, order[1].y - order[0].y
-    return {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation] > 4
-
-
-def obeys(seen, sample):
-    """Do frames show all that the text of a sample tells? What it leaves out is free."""
-    told, full = sample.told or sample.target, sample.target.objects
-    grounds = [told.background] if told.background else [*BACKGROUNDS]
-    if {seen[0].background} != {frame.background for frame in seen} or seen[0].background not in grounds:
-        return False
-    if any(looks(frame.things) != looks(seen[0].things) for frame in seen):
-        return False
-
-    def is_right(item, whole, first, last):
-        if not is_there(first, item, trace(whole, 0)):
-            return False
-        moves = item.motion is None or len(seen) == 1
-        return moves or (motion(first, last) == item.motion and is_there(last, item, trace(whole, 1)))
-
-    return any(
-        is_related(first, sample.relation) and all(map(is_right, told.objects, full, first, last))
-        for first, last in pairings(seen, told.objects)
-    )
+# layouts: (task of the toy world, number of images); kind to moves say which samples: see `belongs`
+FIELDS = "name layouts kind objects differ moves phrasing how"
+Row = namedtuple("Row", FIELDS, defaults=["", None, (), False, "known", None])
 
 
 def score_image(row, sample, output, target, source):
@@ -331,8 +257,10 @@ SUITES = {
         Row("clips", [("watch", 0)], objects=1),
     ]),
     "instructions": Suite(score_caption, [*CASTS, *VIDEO_EDITS], how="answer", mean="mean", texts="short"),
-    "shapes": Suite(score_shapes, [Row("clips", CLIP)], texts="long"),
-    "corners": Suite(score_shapes, [Row("clips", CLIP)], how="autoencode", texts="long"),
+    "shapes": Suite(score_shapes, texts="long", rows=[
+        Row("VAE alone", CLIP, how="autoencode"),
+        Row("whole model", CLIP),
+    ]),
     "autoencoder": Suite(score_copy, how="autoencode", rows=[Row("images", IMAGE), Row("clips", CLIP)]),
 }  # fmt: skip
 BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows of each row and layout
@@ -367,7 +295,7 @@ def measure(suites, samples, world, device, ways):
     rows = [(suite, row) for suite in results for row in SUITES[suite].rows]  # a suite given twice runs once
     bar = tqdm(total=samples * len(rows), unit="sample")
     for suite, row in rows:
-        score, how = SUITES[suite].score, SUITES[suite].how
+        score, how = SUITES[suite].score, row.how or SUITES[suite].how
         bar.set_description(f"{suite}, {row.name}")
         for drawn, batch in draw_batches(row, SUITES[suite].texts, samples, world, device):
             outputs, is_text = ways[how](batch), how in ("answer", "rewrite")

@@ -190,10 +190,8 @@ class SampleMaker(Speaker):
         if alike == 3 and self.random() < 0.3:
             kind, alike = "mixed", 2
         scene = self.scene(count, clip, alike)
-        long, (text, told, relation) = (
-            describe(scene, clip, ordered=True),
-            self.phrase(scene, clip, kind, alike),
-        )
+        long = describe(scene, clip, ordered=True)
+        text, told, relation = self.phrase(scene, clip, kind, alike)
         if self.random() < 0.05 and not self.all_phrases:
             text, told, relation = long, scene, ""
         return Sample(kind, long, self.mumble(text), [], None, scene, told, relation)
@@ -218,7 +216,7 @@ class SampleMaker(Speaker):
         return text + self.choice(["", "."]), Scene(ground, told), relation
 
     def list_objects(self, objects, moving, style, alike=1):
-        """Objects in words, as items of a list or as sentences, and what these state. The first are `alike`."""
+        """Objects as items of a list or as sentences, and what these state. The first are `alike`."""
         rule, phrases, told = style, [], []
         if moving:
             rule = style.replace("item", "moving item").replace("sentence", "moving sentence")
