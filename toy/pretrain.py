@@ -4,8 +4,8 @@
     python -m toy.pretrain --part vlm --weights runs/pretrain-vae/final.safetensors
 
     vae      the autoencoder, on images and clips
-    vlm      the language model: it describes what it sees, says what an instruction asks for, and expands
-             short prompts
+    vlm      the language model: it describes what it sees, and foretells in a caption what a prompt or an
+             instruction asks for
     mmdit    text to image and video, with a text encoder of its own. That one is thrown away, so that stage 1
              has to align the VLM with the model (2.3)
 
@@ -23,9 +23,12 @@ from torch import nn
 from transformers import DynamicCache
 
 import train
-from toy.world import ToyWorld, toy_tokenizer
-from train import HERE, Objective, Run, Stage, adjust, draw_noise
-from vino import Condition, EncodedReference, Modulation, Vino, build_prompts, read_config
+from toy.language import toy_tokenizer
+from toy.world import ToyWorld
+from train import HERE, Objective, Run, Stage, adjust, chance, draw_noise
+from vino import (
+    SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, build_prompts, read_config,
+)  # fmt: skip
 
 TOY = {"ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "betas": [0.9, 0.99], "checkpointing": False}
 PARTS = {
@@ -33,9 +36,8 @@ PARTS = {
                  mixture={"t2i": 0.3, "t2v": 0.7}),
     "vlm": Stage(lr=1e-3, steps=20_000, cooldown=14_000, shift=1.0, batch=32,
                  trainable=["mm_encoder.mm_encoder"], **TOY,
-                 mixture={"look": 0.08, "watch": 0.06, "rewrite": 0.06, "rewrite_clip": 0.12, "motion": 0.02}
-                 | {"ti2i": 0.13, "ti2i_ref": 0.06, "ti2v": 0.22, "tv2v": 0.15, "tiv2v": 0.07}
-                 | {"t2i": 0.01, "t2v": 0.01, "i2v": 0.01}),
+                 mixture={"look": 0.07, "watch": 0.06, "t2i": 0.13, "t2v": 0.15, "i2v": 0.05, "motion": 0.02}
+                 | {"ti2i": 0.16, "ti2i_ref": 0.08, "ti2v": 0.09, "tv2v": 0.12, "tiv2v": 0.07}),
     "mmdit": Stage(lr=2e-3, steps=4_900, cooldown=1_600, shift=3.0, batch=128,
                    trainable=["native_text", "transformer"], **TOY | {"drop": 0.1},
                    mixture={"t2i": 0.5, "t2v": 0.5}),
@@ -59,7 +61,12 @@ class Autoencoding(Objective):
 
 
 class Captioning(Objective):
-    """The VLM's: next-token cross-entropy of the answer."""
+    """The VLM's: next-token cross-entropy of the answer to what people type. What it foretells it also says
+    under the system line that asks for a caption."""
+
+    def system(self, task, key):
+        rewrites = task not in ("look", "watch") and chance(*key, "system").random() < 0.5
+        return self.vino.config.sampling.rewrite_system if rewrites else SYSTEM_PROMPT
 
     def loss(self, batch):
         vlm = self.vino.mm_encoder
@@ -67,7 +74,9 @@ class Captioning(Objective):
         for reference in batch.references:
             features, deepstack = vlm.encode_vision(reference)
             references.append(EncodedReference(None, features, deepstack, reference.grid, reference.is_video))
-        prompts, cache = build_prompts(vlm.tokenizer, batch.prompts, references, vlm.merge), DynamicCache()
+        system = self.system(batch.task, batch.key)
+        prompts = build_prompts(vlm.tokenizer, batch.short_prompts, references, vlm.merge, system)
+        cache = DynamicCache()
         last, _ = vlm.prefill(prompts, references, cache)
         end = vlm.tokenizer.token_to_id("<|im_end|>")
         answers = [[*encoding.ids, end] for encoding in vlm.tokenizer.encode_batch(batch.answers)]
@@ -86,7 +95,7 @@ class Captioning(Objective):
 
     def picture(self, batch):
         references = [self.vino.encode(reference) for reference in batch.references]
-        return batch.target, self.vino.mm_encoder.answer(batch.prompts, references)
+        return batch.target, self.vino.mm_encoder.answer(batch.short_prompts, references)
 
 
 class NativeText(nn.Module):
