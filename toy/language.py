@@ -121,8 +121,9 @@ moving sentence = 5*{thing} {does} | 3*{thing} {cell} {does} | 2*{thing} starts 
     | animate {thing}: it {does}
 moving items = {things} {motion} | !{things}, all {motion}
 moving sentences = there are {things}. they are {motion} | !there are {things} {motion}
-relation = 4*{first} {how} {second} | {first} is {how} {second} | there is {first} {how} {second}
-    | !{how} {second} [there |]is {first} | !{second}, and {how} it {first} | {first}, {how} {second}
+relation item = 4*{first} {how} {second} | {first}, {how} {second} | !{first} that is {how} {second}
+relation sentence = 3*{first} is {how} {second} | there is {first} {how} {second}
+    | !{how} {second} [there |]is {first} | !{second}, and {how} it {first}
 # Things that are there: in a picture, in a video, in one of several
 only = 4*it | 2*the object | the shape | this | !this one | !this object
 by shape = 3*the {seen shape} | {seen shape} | !that {seen shape}
@@ -132,7 +133,7 @@ by place = the [one|object|{seen shape}|!shape] {cell}
 by name = 4*the {color} {seen shape} | {color} {seen shape} | the {seen shape} that is {color}
     | !the {seen shape} in {color} | !that {color} {seen shape}
 each = 3*both objects | both shapes | all of them | everything | !2*both | !them both | !both of them | !all
-edit = 6*{text} | {text} {inside} | {inside}, {text} | !{text} please
+edit = 6*{text} | {text} {inside} | {inside}, {text} | {text} please | !can you {text}
 inside Image = in Image {k}
 inside the image = 2*in Image 1 | in the [image|photo] | !in the picture | !in this image
 inside the video = 2*in Video 1 | in the [video|movie] | !in the clip | !in this video

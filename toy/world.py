@@ -199,13 +199,12 @@ class SampleMaker(Speaker):
     def phrase(self, scene, clip, kind="", alike=1):
         """A request for a scene as people type it, what it states, and the relation that it states."""
         quiet, relation = clip and self.random() < 0.06, ""  # quiet: what moves how is free
-        style = self.choice(["item", "sentence"] if alike > 1 else STYLES)
-        if quiet or kind == "position":
-            style = "item"
+        style = self.choice(STYLES if alike == 1 and kind != "position" else ["item", "sentence"])
+        style = "item" if quiet else style
         if kind == "position":
             relation = self.choice(relations(*scene.objects))
             (first, stated), (second, more) = (self.say("thing", **facts(item)) for item in scene.objects)
-            text, _ = self.say("relation", first=first, second=second, how=relation)
+            text, _ = self.say(f"relation {style}", first=first, second=second, how=relation)
             told = [told_of(*pair) for pair in zip(scene.objects, (stated, more))]
         else:
             text, told = self.list_objects(scene.objects, clip and not quiet, style, alike)
