@@ -162,7 +162,7 @@ add = 3*{please} [add|put|draw] {thing}[2* {cell}|] | {please} insert {thing}[2*
     | one more: {thing}
 remove = 3*{please} [delete|erase] {it} | {please} remove {it} from the {what} | !{please} remove {it}
     | !remove {it} | {please} take {it} away | get rid of {it} | {it} should be gone
-    | take {it} out of the {what} | the {what} without {it} | I want {it} gone | !delete {it} please
+    | take {it} out of the {what} | the {what} without {it} | I want {it} gone | !get {it} away
     | {please} get {it} out of the {what} | take away {it} | take {it} out | !without {it}
     | {please} make {it} go away | !I do not want {it}
 background = 3*{please} [make|paint|turn] {the back} {ground} | {please} change {the back} to {ground}
