@@ -66,7 +66,7 @@ stands still = 4*stands still | stays still | is standing still | does not move 
 grows = 4*grows | expands | is growing | gets [bigger|larger] | !2*is getting [bigger|larger]
     | !becomes bigger
 shrinks = 4*shrinks | is shrinking | gets smaller | !is getting smaller | !becomes smaller
-stand still = 4*stand still | stay in place | not move
+stand still = 4*stand still | stay in place | !not move
 grow = 4*grow | get bigger | become bigger | !become larger
 shrink = 4*shrink | get smaller | !become smaller
 # Things that are not there yet
@@ -225,7 +225,7 @@ clone = 2*{please} [move|animate] {it} [as|like the object] in Video 1
     | [copy|use] the motion of Video 1 for {it} | {it} does what Video 1 shows | animate {it} like Video 1
     | !move {it} like the object of the video | let {it} move as the video shows
     | {it} with the motion of [the video|Video 1] | !{it} should move like in Video 1
-clone object = 3*the object of Image 1 | 2*Image 1 | the object in Image 1 | it
+clone object = 3*the object of Image 1 | 2*Image 1 | the object in Image 1 | it | !what is in Image 1
 # Questions
 look = 4*describe Image {k} | what is in Image {k} | what does Image {k} show
     | what do [you|we] see in Image {k} | can you say what is in Image {k} | could you describe Image {k}
@@ -253,7 +253,7 @@ for way, toward, course, moving, moves in (
 ):
     side = course.split()[-1]
     RULES += f"""
-the {side} = 3*the {side} | the {side} [edge|side]
+the {side} = 3*the {side} | the {side} edge | !the {side} side
 moving {way} = 4*moving {way} | 2*moving {toward} | going {way} | moving {course} | {moving} | !going {toward}
 moves {way} = 4*moves {way} | is moving {way} | goes {toward} | {moves} | !moves {toward}
     | !is moving {toward}
