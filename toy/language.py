@@ -22,22 +22,30 @@ REWRITE_SYSTEM = Config().sampling.rewrite_system
 UNKNOWN = "[UNK]"  # what each unknown word is to the tokenizer
 
 RULES = """
-# Facts: "circle" in a request, "the circle" where it is seen; "left": a place, "the left": the one to go to.
+# Facts: "circle" stands in requests for images, "moving circle" in those for clips, "the circle" where it is
+# seen; "left" is a place, "the left" the one to go to.
 small = 4*small | little | !tiny
+moving small = 4*small | tiny | !little
 large = 4*large | big | !huge
+moving large = 4*large | huge | !big
 made small = 2*small | 2*smaller | 2*tiny | !little
 made large = 2*large | 2*bigger | larger | huge | !big
 purple = 3*purple | violet
 cyan = 3*cyan | turquoise
 gray = gray | grey
 circle = 5*circle | disc | !disk | !dot
-the circle = 5*circle | disk | dot | !disc
+moving circle = 5*circle | disk | dot | !disc
+the circle = 5*circle | disk | disc | !dot
 square = 5*square | box | !block
+moving square = 5*square | block | !box
 the square = 5*square | block | !box
 diamond = 5*diamond | !rhombus
+moving diamond = 4*diamond | rhombus
 the diamond = 4*diamond | rhombus
 cross = 5*cross | plus sign | !plus
+moving cross = 5*cross | plus | !plus sign
 the cross = 4*cross | plus | !plus sign
+moving triangle = triangle
 triangle = triangle
 the triangle = triangle
 circles = 4*circles | discs
@@ -105,7 +113,8 @@ clip request in sentences = 6*{list} | 2*{list} {on} | 2*{list}. {ground is} | 2
     | !{please} make a {clip}: {list}
     | a {clip} in which {list} | !a {clip} where {list}
 quiet clip request = {quiet lead} {list} | {quiet lead} {list} {on}
-quiet lead = a video of | {please} make a clip of | {please} show a video of | !create an animation of
+quiet lead = a video of | a movie of | {please} make a clip of | {please} show a video of
+    | !create an animation of
     | !I want a video of
 # Objects in a list, or as sentences of their own; in clips each says what it does
 and item = 4*and | 2*, and | 3*, | with | next to
@@ -132,10 +141,10 @@ moving sentence = 5*{thing} {does} | 3*{thing} {cell} {does} | 2*{thing} starts 
     | !{thing} that starts {cell} and {does}
 moving items = {things} {motion} | !{things}, all {motion}
 moving sentences = there are {things}. they are {motion} | !there are {things} {motion}
-relation item = 4*{first} {how} {second} | {first}, {how} {second} | !{first} that is {how} {second}
-    | !{second} with {first} {how} it
+relation item = 4*{first} {how} {second} | {first}, {how} {second} | {second}, and {how} it {first}
+    | !{first} that is {how} {second} | !{second} with {first} {how} it
 relation sentence = 3*{first} is {how} {second} | there is {first} {how} {second}
-    | !{how} {second} [there |]is {first} | !{second}, and {how} it {first}
+    | {how} {second} there is {first} | !{how} {second} is {first}
 # Things that are there: in a picture, in a video, in one of several
 only = 4*it | 2*the object | the shape | this | !this one | !this object
 by shape = 3*the {seen shape} | {seen shape} | !that {seen shape}

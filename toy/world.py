@@ -109,6 +109,9 @@ def relations(first, second):
     return [words for words, distance in true.items() if distance > 8]
 
 
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
 def placed(item, cell):
     """The object in a cell: in its middle, or where it is if it is there."""
     return item if item.cell == cell else item._replace(cell=cell, jitter=(0, 0))
@@ -191,8 +194,8 @@ class SampleMaker(Speaker):
             if self.random() < 0.5:
                 scene.objects.append(scene.objects.pop(0))
                 scene.objects.append(scene.objects.pop(0))
-        long = describe(scene, clip, ordered=True)
         text, told, relation = self.phrase(scene, clip, kind)
+        long = describe(scene, clip, ordered=True)
         if self.random() < 0.05 and not self.all_phrases:
             text, told, relation = long, scene, ""
         return Sample(kind, long, self.mumble(text), [], None, scene, told, relation)
@@ -207,6 +210,10 @@ class SampleMaker(Speaker):
             (first, stated), (second, more) = (self.say("thing", **facts(item)) for item in scene.objects)
             text, _ = self.say(f"relation {style}", first=first, second=second, how=relation)
             told = [told_of(*pair) for pair in zip(scene.objects, (stated, more))]
+            if text.index(second) < text.index(first):  # objects come in the order of the text
+                relation = OPPOSITE[relation]
+                scene.objects.reverse()
+                told.reverse()
         else:
             text, told = self.list_objects(scene.objects, clip and not quiet, style)
         rule = "request" if style == "item" else "request in sentences"
@@ -222,9 +229,12 @@ class SampleMaker(Speaker):
             rule = style.replace("item", "moving item").replace("sentence", "moving sentence")
         for group in (list(group) for _, group in groupby(objects, lambda item: item[:3])):
             words = facts(group[0])
+            shape = words["shape"]
+            if moving:
+                words |= {"shape": f"moving {shape}", "size": f"moving {words['size']}"}
             if len(group) > 1:
                 words["number"] = "three" if len(group) == 3 else "two moving" if moving else "two"
-                words["plural"] = f"{words['shape']}{'es' if words['shape'] == 'cross' else 's'}"
+                words["plural"] = f"{shape}es" if shape == "cross" else f"{shape}s"
             text, stated = self.say(f"{rule}s" if len(group) > 1 else rule, **words)
             phrases.append(text)
             told += [told_of(item, stated) for item in group]
