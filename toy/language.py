@@ -22,22 +22,30 @@ REWRITE_SYSTEM = Config().sampling.rewrite_system
 UNKNOWN = "[UNK]"  # what each unknown word is to the tokenizer
 
 RULES = """
-# Facts: "circle" in a request, "the circle" where it is seen; "left": a place, "the left": the one to go to.
+# Facts: "circle" stands in requests for images, "moving circle" in those for clips, "the circle" where it is
+# seen; "left" is a place, "the left" the one to go to.
 small = 4*small | little | !tiny
+moving small = 4*small | tiny | !little
 large = 4*large | big | !huge
+moving large = 4*large | huge | !big
 made small = 2*small | 2*smaller | 2*tiny | !little
 made large = 2*large | 2*bigger | larger | huge | !big
 purple = 3*purple | violet
 cyan = 3*cyan | turquoise
 gray = gray | grey
 circle = 5*circle | disc | !disk | !dot
-the circle = 5*circle | disk | dot | !disc
+moving circle = 5*circle | disk | dot | !disc
+the circle = 5*circle | disk | disc | !dot
 square = 5*square | box | !block
+moving square = 5*square | block | !box
 the square = 5*square | block | !box
 diamond = 5*diamond | !rhombus
+moving diamond = 4*diamond | rhombus
 the diamond = 4*diamond | rhombus
 cross = 5*cross | plus sign | !plus
+moving cross = 5*cross | plus | !plus sign
 the cross = 4*cross | plus | !plus sign
+moving triangle = triangle
 triangle = triangle
 the triangle = triangle
 circles = 4*circles | discs
@@ -59,13 +67,14 @@ right of = 4*right of | 2*to the right of | !on the right of | !on the right sid
 above = 4*above | over
 below = 4*below | under
 standing still = 4*standing still | not moving | staying still
-growing = 4*growing | getting larger | becoming bigger | !getting bigger
+growing = 4*growing | expanding | getting larger | becoming bigger | !getting bigger
 shrinking = 4*shrinking | getting smaller | becoming smaller
 stands still = 4*stands still | stays still | is standing still | does not move | !is not moving
     | !stays in place
-grows = 4*grows | is growing | gets [bigger|larger] | !2*is getting [bigger|larger] | !becomes bigger
+grows = 4*grows | expands | is growing | gets [bigger|larger] | !2*is getting [bigger|larger]
+    | !becomes bigger
 shrinks = 4*shrinks | is shrinking | gets smaller | !is getting smaller | !becomes smaller
-stand still = 4*stand still | stay in place | not move
+stand still = 4*stand still | stay in place | !not move
 grow = 4*grow | get bigger | become bigger | !become larger
 shrink = 4*shrink | get smaller | !become smaller
 # Things that are not there yet
@@ -81,8 +90,9 @@ please = 4* | please | !could you please
 lead = 6*{please} [draw|show|paint|make|create|generate] | I want [|to see |to have ] | show me
     | [an|the] image of | draw [a picture|an image] of | I need | I'd like | give me | !a picture of
     | !a photo of | I would like | can you draw | !please make [a picture|an image] of | !an image with
+    | draw me | put
 clip lead = 8* | {please} [show|make|create|generate] | I want [|to see ] | show me | [a|the] video of
-    | I would like to see | a clip of | make [a video|an animation] of | give me | !a movie of
+    | I would like to see | [a |]clip of | make [a video|an animation] of | give me | !a movie of
     | I would like | !can you make [|a video of ] | an animation of | !please make a clip of
 back = 4*background | backdrop
 the back = 6*the {back} | !{back}
@@ -101,13 +111,22 @@ clip request = 6*{clip lead} {list} | 5*{clip lead} {list} {on} | {on} {list}
 clip request in sentences = 6*{list} | 2*{list} {on} | 2*{list}. {ground is} | 2*{ground is}. {list}
     | {on} {list} | a {clip} {on}. {list} | !{list}, {on} | !in the {clip}, {list}
     | !{please} make a {clip}: {list}
+    | a {clip} in which {list} | !a {clip} where {list}
 quiet clip request = {quiet lead} {list} | {quiet lead} {list} {on}
-quiet lead = a video of | {please} make a clip of | {please} show a video of | !create an animation of
+quiet lead = a video of | a movie of | {please} make a clip of | {please} show a video of
+    | !create an animation of
     | !I want a video of
 # Objects in a list, or as sentences of their own; in clips each says what it does
+and item = 4*and | 2*, and | 3*, | with | next to
+and first item = , | and
+and sentence = . | and
+and moving item = 4*and | 2*, and | 2*, | with | while
+and first moving item = , | and | while
+and moving sentence = 3*. | 2*and | while
 item = 5*{thing} | 5*{thing} {cell} | !{thing}, {cell},
 first item = 3*{cell} {thing} | {cell}: {thing} | !{cell}, we see {thing}
-sentence = 3*there is {thing} | 4*{thing} is {cell} | there is {thing} {cell} | {cell} there is {thing}
+sentence = 2*there is {thing} | there's {thing} | 4*{thing} is {cell} | there is {thing} {cell}
+    | {cell} there is {thing}
     | {cell} is {thing} | !{cell}: {thing} | !{thing}. it is {cell} | {thing} stands {cell}
 items = {things}
 sentences = 3*there are {things} | !draw {things} | !I want {things}
@@ -119,10 +138,13 @@ moving sentence = 5*{thing} {does} | 3*{thing} {cell} {does} | 2*{thing} starts 
     | {cell} {thing} {does} | !{thing}. it {does} | !there is {thing} {cell}. it {does}
     | {thing} {does} from {the cell} | !there is {thing} and it {does} | {thing} begins {cell} and {does}
     | animate {thing}: it {does}
+    | !{thing} that starts {cell} and {does}
 moving items = {things} {motion} | !{things}, all {motion}
 moving sentences = there are {things}. they are {motion} | !there are {things} {motion}
-relation = 4*{first} {how} {second} | {first} is {how} {second} | there is {first} {how} {second}
-    | !{how} {second} [there |]is {first} | !{second}, and {how} it {first} | {first}, {how} {second}
+relation item = 4*{first} {how} {second} | {first}, {how} {second} | {second}, and {how} it {first}
+    | !{first} that is {how} {second} | !{second} with {first} {how} it
+relation sentence = 3*{first} is {how} {second} | there is {first} {how} {second}
+    | {how} {second} there is {first} | !{how} {second} is {first}
 # Things that are there: in a picture, in a video, in one of several
 only = 4*it | 2*the object | the shape | this | !this one | !this object
 by shape = 3*the {seen shape} | {seen shape} | !that {seen shape}
@@ -132,7 +154,7 @@ by place = the [one|object|{seen shape}|!shape] {cell}
 by name = 4*the {color} {seen shape} | {color} {seen shape} | the {seen shape} that is {color}
     | !the {seen shape} in {color} | !that {color} {seen shape}
 each = 3*both objects | both shapes | all of them | everything | !2*both | !them both | !both of them | !all
-edit = 6*{text} | {text} {inside} | {inside}, {text} | !{text} please
+edit = 6*{text} | {text} {inside} | {inside}, {text} | {text} please | !can you {text}
 inside Image = in Image {k}
 inside the image = 2*in Image 1 | in the [image|photo] | !in the picture | !in this image
 inside the video = 2*in Video 1 | in the [video|movie] | !in the clip | !in this video
@@ -141,11 +163,11 @@ of Image = 5*the [object|shape] [of|in|from] Image {k} | the one [of|in|from] Im
 ground of Image = 3*the {back} [of|in|from] Image {k} | Image {k}'s {back} | the {back} that Image {k} has
     | !the {back} that is in Image {k}
 # Edits that the text tells
-recolor = 3*{please} [make|paint] {it} {new} | {please} change {it} to {new} | color {it} {new}
+recolor = 3*{please} [make|paint] {it} {new} | {please} change {it} to {new} | [color|colour] {it} {new}
     | paint {it} in {new} | !{please} turn {it} {new} | !turn {it} {new} | {please} make {it} {new} instead
     | change the [color|colour] of {it} into {new} | {it} should [be|become] {new}
-    | set the [color|colour] of {it} to {new} | let {it} be {new} | recolor {it} in {new}
-    | !{please} change the [color|colour] of {it} to {new} | ![recolor|repaint] {it} {new}
+    | set the [color|colour] of {it} to {new} | let {it} be {new} | [recolor|recolour] {it} in {new}
+    | !{please} change the [color|colour] of {it} to {new} | ![recolor|recolour|repaint] {it} {new}
     | I want {it} {new} | !I want {it} to be {new} | {it} in {new} | give {it} the [color|colour] {new}
     | !turn {it} into {new}
 replace = 3*{please} replace {it} [with|by] {thing} | {please} swap {it} for {thing} | turn {it} into {thing}
@@ -161,7 +183,7 @@ add = 3*{please} [add|put|draw] {thing}[2* {cell}|] | {please} insert {thing}[2*
     | one more: {thing}
 remove = 3*{please} [delete|erase] {it} | {please} remove {it} from the {what} | !{please} remove {it}
     | !remove {it} | {please} take {it} away | get rid of {it} | {it} should be gone
-    | take {it} out of the {what} | the {what} without {it} | I want {it} gone | !delete {it} please
+    | take {it} out of the {what} | the {what} without {it} | I want {it} gone | !get {it} away
     | {please} get {it} out of the {what} | take away {it} | take {it} out | !without {it}
     | {please} make {it} go away | !I do not want {it}
 background = 3*{please} [make|paint|turn] {the back} {ground} | {please} change {the back} to {ground}
@@ -176,13 +198,14 @@ move = 3*{please} [move|shift] {it} to {the cell} | {please} [put|place] {it} {c
 resize = 3*{please} [make|draw] {it} {made} | {please} {scale} {it} | {it} should be {made}
     | turn {it} into a {size} one | change the size of {it} to {size} | bring the size of {it} to {size}
     | !I want {it} {made} | !change {it} to {size} | let {it} be {made} | !set the size of {it} to {size}
-scale small = shrink | !make smaller
-scale large = enlarge | !make bigger
+scale small = shrink | reduce the size of | !make smaller
+scale large = enlarge | increase the size of | !make bigger
 # Edits that another image shows
 recolor as = 2*{please} [make|paint] {it} the [color|colour] of {donor}
     | give {it} the [color|colour] of {donor} | change the [color|colour] of {it} to that of {donor}
     | paint {it} like {donor} | !{it} should have the [color|colour] of {donor}
     | !use the [color|colour] of {donor} for {it}
+    | make {it} the [color|colour] of Image {k} | !paint {it} in the [color|colour] of Image {k}
 replace as = 2*{please} replace {it} [with|by] {donor} | swap {it} for {donor} | turn {it} into {donor}
     | put {donor} in place of {it} | !swap {it} with {donor} | {donor} instead of {it}
     | !change {it} into {donor}
@@ -211,7 +234,7 @@ clone = 2*{please} [move|animate] {it} [as|like the object] in Video 1
     | [copy|use] the motion of Video 1 for {it} | {it} does what Video 1 shows | animate {it} like Video 1
     | !move {it} like the object of the video | let {it} move as the video shows
     | {it} with the motion of [the video|Video 1] | !{it} should move like in Video 1
-clone object = 3*the object of Image 1 | 2*Image 1 | the object in Image 1 | it
+clone object = 3*the object of Image 1 | 2*Image 1 | the object in Image 1 | it | !what is in Image 1
 # Questions
 look = 4*describe Image {k} | what is in Image {k} | what does Image {k} show
     | what do [you|we] see in Image {k} | can you say what is in Image {k} | could you describe Image {k}
@@ -227,21 +250,23 @@ for high, upper in (("top", "upper"), ("bottom", "lower")):
         corner = f"[3*{high} {side}|{upper} {side}]"
         RULES += f"""
 {high} {side} = 4*at the {corner} | 2*in the {corner} corner | in the {corner} | at {corner}
+    | in the {corner} corner of the [image|picture]
     | !on the {corner} | !near the {corner} corner | !in {corner} | !{corner}
 the {high} {side} = 3*the {corner} | 2*the {corner} corner | !the {corner} of the picture
 """
-for way, toward, course in (
-    ("left", "to the left", "from right to left"),
-    ("right", "to the right", "from left to right"),
-    ("up", "upwards", "from bottom to top"),
-    ("down", "downwards", "from top to bottom"),
+for way, toward, course, moving, moves in (
+    ("left", "to the left", "from right to left", "sliding left", "slides left"),
+    ("right", "to the right", "from left to right", "sliding right", "slides right"),
+    ("up", "upwards", "from bottom to top", "rising", "rises"),
+    ("down", "downwards", "from top to bottom", "falling", "falls"),
 ):
+    side = course.split()[-1]
     RULES += f"""
-the {course.split()[-1]} = 3*the {course.split()[-1]} | the {course.split()[-1]} [edge|side]
-moving {way} = 4*moving {way} | 2*moving {toward} | going {way} | moving {course}
-    | !going {toward}
-moves {way} = 4*moves {way} | is moving {way} | goes {toward} | !moves {toward}
-    | !is moving {toward} | !goes {way} | !moves {course}
+the {side} = 3*the {side} | the {side} edge | !the {side} side
+moving {way} = 4*moving {way} | 2*moving {toward} | going {way} | moving {course} | {moving} | !going {toward}
+moves {way} = 4*moves {way} | is moving {way} | goes {toward} | {moves} | !moves {toward}
+    | !is moving {toward}
+    | !goes {way} | !moves {course}
 move {way} = 4*move {way} | go {way} | go {toward} | !move {toward}
 """
 

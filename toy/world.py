@@ -7,7 +7,7 @@ references show it, and is free where they do not.
 
 import math
 from collections import namedtuple
-from itertools import chain, combinations
+from itertools import chain, combinations, groupby
 
 import torch
 
@@ -57,8 +57,6 @@ EDITS = (("recolor", "replace", "add", "background", "remove", "move", "resize")
          ("recolor", "replace", "add", "background", "compose"))  # shown by another image
 STILL_EDITS = ("move", "resize", "compose")  # of images only
 STYLES = ("item", "item", "sentence", "sentence", "first item")  # rules of language.py for objects in a list
-MARKS = {"item": (" and ", ", and ", ", ", " with ", " next to "), "first item": (", ", " and "),
-                "sentence": (". ", " and ")}  # between the last two
 HELD_OUT_LAYOUTS = {frozenset(pair) for pair in [  # pairs of cells that training does not see
     ("top left", "right"), ("top right", "bottom"), ("bottom right", "left"), ("bottom left", "top")]}
 # fmt: on
@@ -112,6 +110,9 @@ def relations(first, second):
     return [words for words, distance in true.items() if distance > 8]
 
 
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
 def placed(item, cell):
     """The object in a cell: in its middle, or where it is if it is there."""
     return item if item.cell == cell else item._replace(cell=cell, jitter=(0, 0))
@@ -119,9 +120,9 @@ def placed(item, cell):
 
 def join(parts, mark):
     """A list in words, with a mark before the last part."""
-    *others, last = parts
-    between = mark if mark == ". " else ", "
-    return f"{between.join(others)}{mark}{last}" if others else last
+    between = ". " if mark == "." else ", "
+    text = between.join(parts[:-1]) + f" {mark} {parts[-1]}" if parts[1:] else parts[0]
+    return text.replace(" .", ".").replace(" ,", ",")
 
 
 def facts(item):
@@ -185,51 +186,60 @@ class SampleMaker(Speaker):
     def request(self, images, clip):
         """Text -> image or video. The text states some of the scene, and the rest is free."""
         most = 2 if clip else 3
-        kind = self.choice(["", "", "", "", "counting"] if clip else ["", "", "", "counting", "position"])
+        kinds = ["", "", "", "", "counting"] if clip else ["", "", "", "counting", "position"]
+        kind = self.choice(kinds)
         count = {"": self.randint(1, most), "counting": self.randint(2, most), "position": 2}[kind]
-        alike = count if kind == "counting" else 1
-        if alike == 3 and self.random() < 0.3:
-            kind, alike = "mixed", 2
-        scene = self.scene(count, clip, alike)
+        scene = self.scene(count, clip, alike=count if kind == "counting" else 1)
+        if kind == "counting" and count == 3 and self.random() < 0.3:
+            kind, scene = "mixed", self.scene(count, clip, alike=2)
+            if self.random() < 0.5:
+                scene.objects.append(scene.objects.pop(0))
+                scene.objects.append(scene.objects.pop(0))
+        text, told, relation = self.phrase(scene, clip, kind)
         long = describe(scene, clip, ordered=True)
-        text, told, relation = self.phrase(scene, clip, kind, alike)
         if self.random() < 0.05 and not self.all_phrases:
             text, told, relation = long, scene, ""
         return Sample(kind, long, self.mumble(text), [], None, scene, told, relation)
 
-    def phrase(self, scene, clip, kind="", alike=1):
+    def phrase(self, scene, clip, kind=""):
         """A request for a scene as people type it, what it states, and the relation that it states."""
         quiet, relation = clip and self.random() < 0.06, ""  # quiet: what moves how is free
-        style = self.choice(["item", "sentence"] if alike > 1 else STYLES)
-        if quiet or kind == "position":
-            style = "item"
+        style = self.choice(["item", "sentence"] if kind else STYLES)
+        style = "item" if quiet else style
         if kind == "position":
             relation = self.choice(relations(*scene.objects))
             (first, stated), (second, more) = (self.say("thing", **facts(item)) for item in scene.objects)
-            text, _ = self.say("relation", first=first, second=second, how=relation)
+            text, _ = self.say(f"relation {style}", first=first, second=second, how=relation)
             told = [told_of(*pair) for pair in zip(scene.objects, (stated, more))]
+            if text.index(second) < text.index(first):  # objects come in the order of the text
+                relation = OPPOSITE[relation]
+                scene.objects.reverse()
+                told.reverse()
         else:
-            text, told = self.list_objects(scene.objects, clip and not quiet, style, alike)
+            text, told = self.list_objects(scene.objects, clip and not quiet, style)
         rule = "request" if style == "item" else "request in sentences"
         rule = "quiet clip request" if quiet else f"clip {rule}" if clip else rule
         text, stated = self.say(rule, list=text, ground=scene.background)
         ground = scene.background if "ground" in stated else None
         return text + self.choice(["", "."]), Scene(ground, told), relation
 
-    def list_objects(self, objects, moving, style, alike=1):
-        """Objects as items of a list or as sentences, and what these state. The first are `alike`."""
+    def list_objects(self, objects, moving, style):
+        """Objects as items of a list or as sentences, those that look alike counted, and what these state."""
         rule, phrases, told = style, [], []
         if moving:
             rule = style.replace("item", "moving item").replace("sentence", "moving sentence")
-        for group in [objects[:alike], *([item] for item in objects[alike:])]:
+        for group in (list(group) for _, group in groupby(objects, lambda item: item[:3])):
             words = facts(group[0])
+            shape = words["shape"]
+            if moving:
+                words |= {"shape": f"moving {shape}", "size": f"moving {words['size']}"}
             if len(group) > 1:
                 words["number"] = "three" if len(group) == 3 else "two moving" if moving else "two"
-                words["plural"] = f"{words['shape']}{'es' if words['shape'] == 'cross' else 's'}"
+                words["plural"] = f"{shape}es" if shape == "cross" else f"{shape}s"
             text, stated = self.say(f"{rule}s" if len(group) > 1 else rule, **words)
             phrases.append(text)
             told += [told_of(item, stated) for item in group]
-        return join(phrases, self.choice(MARKS[style])), told
+        return join(phrases, self.say(f"and {rule}")[0]), told
 
     def animate(self, images, clip):
         """Image 1 is the first frame -> video. What the text does not name stands still."""
@@ -244,7 +254,7 @@ class SampleMaker(Speaker):
         else:
             named = moving if self.random() < 0.7 else scene.objects
             parts = [self.say("animate", it=self.refer(item, scene), **facts(item))[0] for item in named]
-            text = join(parts, " and ")
+            text = join(parts, "and")
         return Sample("", describe(scene, clip), self.mumble(text), [scene], None, scene, scene)
 
     def refer(self, item, scene, clip=True):
@@ -357,7 +367,7 @@ class SampleMaker(Speaker):
                 shown[number] = shown[number]._replace(objects=[seen])
             if self.is_fine(objects):
                 break
-        text = ". ".join(parts) if any("." in part for part in parts) else join(parts, " and ")
+        text = ". ".join(parts) if any("." in part for part in parts) else join(parts, "and")
         if images > len(objects):
             ground = shown[order[-1]].background
             source = self.say("ground of Image", k=str(order[-1] + 1))[0]
