@@ -803,6 +803,20 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def test_training_never_uses_cudnns_attention():
+    x, allowed = torch.zeros(1, 10_000, 1, 1), []
+
+    def kernel(q, *_):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return q
+
+    with patch("torch.nn.functional.scaled_dot_product_attention", kernel):
+        vino.attend(x, x, x)
+        with torch.no_grad():
+            vino.attend(x, x, x)
+    assert allowed == [False, True]
+
+
 def test_checkpointing_gives_the_same_gradients_and_computes_attention_once(small_config, monkeypatch):
     model = Vino.load("random", Config.from_file(small_config)).transformer.requires_grad_(True)
     condition = vino.Condition(torch.randn(2, 9, model.config.text_embed_dim), None, [])

@@ -459,9 +459,9 @@ def attend(q, k, v, rope=None, mask=None):
     if mask is not None:
         mask = mask[:, None, None]  # [B, heads, queries, keys]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, head]
-    # cuDNN's kernel, the fastest, is for sampling and long sequences: training sees a new length every step.
-    any_length = torch.is_grad_enabled() and q.shape[2] < 8192
-    with sdpa_kernel(ANY_LENGTH) if any_length else nullcontext():
+    # cuDNN's kernel, the fastest, is for sampling. It plans each new length anew, and up to torch 2.13 takes
+    # the gradient of one block for one of another layout: it gets wrong (pytorch pull request 191576).
+    with sdpa_kernel(ANY_LENGTH) if torch.is_grad_enabled() else nullcontext():
         x = F.scaled_dot_product_attention(q, k, v, mask)
     return x.transpose(1, 2).flatten(2)
 
@@ -1616,7 +1616,10 @@ def open_weights(weights, config, device):
 
 
 def random_tensors(expected, device, dtype):
-    """A stream for `Vino.fill`: variance-preserving matrices and kernels, norms near 1, biases near 0."""
+    """A stream for `Vino.fill`: variance-preserving matrices and kernels, norms near 1, biases near 0. A GPU
+    draws them if there is one, also for the host: the full size takes a CPU minutes."""
+    if torch.device(device).type == "cpu" and torch.cuda.is_available():
+        device = "cuda"
     generator = torch.Generator(device).manual_seed(0)
     for name, tensor in expected.items():
         x = torch.randn(tensor.shape, generator=generator, device=device, dtype=dtype)
