@@ -154,7 +154,7 @@ by place = the [one|object|{seen shape}|!shape] {cell}
 by name = 4*the {color} {seen shape} | {color} {seen shape} | the {seen shape} that is {color}
     | !the {seen shape} in {color} | !that {color} {seen shape}
 each = 3*both objects | both shapes | all of them | everything | !2*both | !them both | !both of them | !all
-edit = 6*{text} | {text} {inside} | {inside}, {text} | {text} please | !can you {text}
+edit = 6*{text} | {text} {inside} | {inside}, {text} | {text} please
 inside Image = in Image {k}
 inside the image = 2*in Image 1 | in the [image|photo] | !in the picture | !in this image
 inside the video = 2*in Video 1 | in the [video|movie] | !in the clip | !in this video
