@@ -282,7 +282,7 @@ def draw_batches(row, texts, samples, world, device):
                 else:
                     drawn[i] = sample._replace(told=sample.target, relation="")
             batch = world.collate(task, drawn, device)
-            batch.keys = [world.seed + first + i for i in range(len(drawn))]  # seeds of the noise
+            batch.key = (world.seed + first,)  # seed of the first one's noise
             yield drawn, batch
 
 
@@ -305,7 +305,7 @@ def measure(suites, samples, world, device, ways):
                 values = score(row.name, sample, outputs[i], targets[i], sources[i])
                 for key, value in values.items():
                     results[suite][key] += [value] if value == value else []  # NaN: nothing to measure
-                if batch.keys[i] < world.seed + SHOWN:
+                if batch.key[0] + i < world.seed + SHOWN:
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
                     told = outputs[i] if is_text else sample.prompt
                     label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {told}"
@@ -418,7 +418,7 @@ def compare_queries(vino, world, samples, device, settings):
         if label == "without":
             vino.remove_queries()
         for drawn, batch in tqdm(batches, desc=f"{label} queries", unit="batch"):
-            outputs = generate(vino, batch, seed=batch.keys[0], **settings).cpu()
+            outputs = generate(vino, batch, seed=batch.key[0], **settings).cpu()
             for number, (sample, output) in enumerate(zip(drawn, outputs)):
                 [(_, value), *_] = score_image("", sample, output, None, None).items()
                 right.setdefault((kinds[number % 2], label), []).append(value)
@@ -471,7 +471,7 @@ def benchmark(args):
         model.config.sampling.rewrite = args.rewrite
 
     def make(batch):
-        return generate(model, batch, seed=batch.keys[0], **settings).cpu()
+        return generate(model, batch, seed=batch.key[0], **settings).cpu()
 
     def answer(batch):
         return model.mm_encoder.answer(batch.prompts, [*map(model.encode, batch.references)])

@@ -299,8 +299,8 @@ def test_a_word_is_one_token_whatever_its_case_and_punctuation_and_an_unknown_on
         SimpleNamespace(grid=(1, 2, 2), is_video=False),
         SimpleNamespace(grid=(2, 2, 2), is_video=True),
     ]
-    prompt = vino.build_prompt(tokenizer, "Make it red", references, 2)
-    words = [tokenizer.id_to_token(token) for token in prompt.ids]
+    prompts = vino.build_prompts(tokenizer, ["Make it red"], references, 2)
+    words = [tokenizer.id_to_token(token) for token in prompts.ids[0].tolist()]
     assert (
         "user \n image 1 : <|vision_start|> <|image_pad|> <|vision_end|> video 1 : < 0 . 0 seconds >"
         in " ".join(words)
@@ -363,17 +363,40 @@ def test_latents_are_as_wide_as_the_noise(parts, toy):
 
 
 @torch.no_grad()
+def test_the_vision_tower_sees_the_same_with_attention_in_all_frames_at_once(parts, toy):
+    encoder = Vino.load(parts["vlm"]).mm_encoder
+    reference = toy.collate("watch", [toy.draw("watch", 0, index) for index in range(3)], "cpu").references[0]
+    expected, names = encoder.encode_vision(reference), [*encoder.state_dict()]
+    for block in encoder.mm_encoder.model.visual.blocks:
+        block.attn = pretrain.FrameAttention(block.attn)
+    features, deepstack = encoder.encode_vision(reference)
+    assert [*encoder.state_dict()] == names
+    for ours, theirs in zip([features, *deepstack], [expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@torch.no_grad()
+def test_kept_encodings_give_the_loss_of_new_ones(parts, toy):
+    model = Vino.load(parts["mmdit"])
+    stage = replace(toy.stage, encode_once=8)
+    keeping, objective = world.ToyWorld(stage, toy.config, toy.seed, model), train.Objective(model, 3.0)
+    for task in ("t2v", "tiv2v"):
+        samples = [keeping.draw(task, 0, index) for index in range(12)]
+        assert {sample.number for sample in samples} < {*range(8)} or len({s.number for s in samples}) == 8
+        again = [sample._replace(number=None) for sample in samples]
+        batches = [keeping.collate(task, chosen, "cpu") for chosen in (samples, samples[::-1], again)]
+        losses = [objective(replace(batch, key=("test",))) for batch in batches]
+        torch.testing.assert_close(losses[0], losses[2])
+        assert batches[1].latents is not None and batches[2].latents is None
+
+
+@torch.no_grad()
 def test_the_answers_loss_is_next_token_cross_entropy_whatever_the_padding(parts, toy):
     model = Vino.load(parts["vlm"])
     objective, vlm = pretrain.Captioning(model, 1.0), model.mm_encoder
     samples = [toy.draw("look", 0, index) for index in range(3)]
-    keys = [("test", index) for index in range(3)]
-    batch = replace(toy.collate("look", samples, "cpu"), keys=keys)
-    together = objective(batch)
-    alone = [
-        objective(replace(toy.collate("look", [sample], "cpu"), keys=[key]))
-        for sample, key in zip(samples, keys)
-    ]
+    together = objective(toy.collate("look", samples, "cpu"))
+    alone = [objective(toy.collate("look", [sample], "cpu")) for sample in samples]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=0)
     batch = toy.collate("look", samples[:1], "cpu")
     references = [model.encode(reference) for reference in batch.references]
