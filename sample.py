@@ -325,10 +325,15 @@ def prepare(job, args, config):
 
 
 def strange_words(prompt, tokenizer):
-    """The words that a tiny model cannot know: to its tokenizer each is the unknown token."""
-    unknown = tokenizer.token_to_id("[UNK]")  # None for other tokenizers
-    words = re.findall(r"[^\W\d_]+", prompt)
-    return [word for word in words if unknown in tokenizer.encode(word).ids]
+    """The words that a tiny model cannot know. Its tokenizer has one token for each word that it has seen."""
+    if tokenizer.token_to_id("Ġcircle") is None or tokenizer.get_vocab_size() > 1000:
+        return []
+
+    def is_known(word):
+        forms = word.lower(), word.capitalize()
+        return any(len(tokenizer.encode(space + form).ids) == 1 for form in forms for space in ("", " "))
+
+    return [word for word in re.findall("[a-z]+", prompt, re.IGNORECASE) if not is_known(word)]
 
 
 def notices(job, tokenizer, images, video):

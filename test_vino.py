@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -162,10 +163,10 @@ def compare_conditions(golden, model, call, encoded, negative, guidance):
     names = {"full": "cond", "text_dropped": "uncond_text", "image_dropped": "uncond_image"}
     for name, (_, condition) in branches.items():
         compare(golden, f"{names[name]}.embeds_vlm", condition.tokens)
-        velocity = model.velocity(golden["noise"], golden["timesteps"][:1], condition)
+        velocity = model.transformer(golden["noise"], golden["timesteps"][:1], condition)
         compare(golden, f"velocity.{names[name]}", velocity)
-    for k, block in enumerate(branches["full"][1].references):
-        compare(golden, f"boundary_{k}", torch.cat([block.start, block.end]))
+    for k, (start, _, end) in enumerate(branches["full"][1].references):
+        compare(golden, f"boundary_{k}", torch.cat([start, end]))
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -254,11 +255,11 @@ def test_boundary_tokens_are_the_vlms_states_at_the_start_and_the_end_and_not_em
     condition = encoder(["x"], [image, image])
     hidden, _, starts, ends = encoder.hidden_states(["x"], [image, image])
     states = encoder.connector_vae_branch(hidden[0])
-    for block, start, end in zip(condition.references, starts, ends, strict=True):
-        torch.testing.assert_close(block.start[0], states[start], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(block.end[0], states[end], rtol=1e-4, atol=1e-5)
-    first, second = condition.references
-    assert relative_error(second.start, first.start) > 1e-3  # the same token, hence the same embedding
+    for (start, _, end), *places in zip(condition.references, starts, ends, strict=True):
+        ours = torch.cat([start, end])
+        torch.testing.assert_close(ours, states[places], rtol=1e-4, atol=1e-5)
+    (first, _, _), (second, _, _) = condition.references
+    assert relative_error(second, first) > 1e-3  # the same token, hence the same embedding
 
 
 def test_a_query_sees_the_prompt_and_the_queries_before_it_and_the_prompt_sees_no_query(tiny):
@@ -323,10 +324,10 @@ def test_tiles_give_the_whole_where_they_agree_and_are_blended_where_they_do_not
         return torch.cat([part[:, :, :1], part[:, :, 1:].repeat_interleave(4, 2)], 2)
 
     x = torch.randn(1, 2, 23, 50, 41)
-    torch.testing.assert_close(vino.tiled(torch.abs, x, 3, 16, 12, 1), x.abs())
-    torch.testing.assert_close(vino.tiled(grow, x, 2, 4, 3, 4, lead=1), grow(x))
+    torch.testing.assert_close(vino.tiled(torch.abs, x, 3, (16, 12), 1), x.abs())
+    torch.testing.assert_close(vino.tiled(grow, x, 2, (16, 12), 4, lead=1), grow(x))
     numbers = itertools.count()
-    blended = vino.tiled(lambda part: torch.full_like(part, next(numbers)), torch.zeros(28), 0, 16, 12, 1)
+    blended = vino.tiled(lambda part: torch.full_like(part, next(numbers)), torch.zeros(28), 0, (16, 12), 1)
     assert blended.tolist() == [0] * 12 + [0, 0.25, 0.5, 0.75] + [1] * 8 + [1, 1.25, 1.5, 1.75]
 
 
@@ -383,7 +384,7 @@ def test_guidance_runs_only_the_branches_that_count(tiny, photo, clip):
     assert [*tiny.branches(["x"], [""], [video], False, 5.0, 3.0)] == ["full", "text_dropped"]
     branches = tiny.branches(["x"], [""], [image, other, video], True, 5.0, 1.5)
     assert [*branches] == ["full", "text_dropped", "image_dropped"]
-    kept = [block.latents.data_ptr() for block in branches["image_dropped"][1].references]
+    kept = [latents.data_ptr() for _, latents, _ in branches["image_dropped"][1].references]
     assert kept == [other.latents.data_ptr(), video.latents.data_ptr()]  # other is the image being edited
 
 
@@ -402,7 +403,7 @@ def test_queries_and_connectors_stay_in_float32_beside_a_vlm_in_bfloat16(photo):
     model = Vino.load("random", tiny_config())
     model.mm_encoder.mm_encoder.bfloat16()  # as in training
     condition = model.mm_encoder(["x"], [model.encode(photo)])
-    assert condition.tokens.dtype == condition.references[0].start.dtype == torch.float32
+    assert condition.tokens.dtype == condition.references[0][0].dtype == torch.float32
 
 
 def samples(photo, clip, group=None):
@@ -609,11 +610,11 @@ def is_share(count, share, draws=4000):
 
 
 def test_stages_are_the_columns_of_table_1():
-    names = ("lr", "betas", "steps", "ema", "area", "shift", "weight_decay", "clip")
+    names = ("lr", "beta1", "beta2", "steps", "ema", "area", "shift", "weight_decay", "clip")
     assert [tuple(getattr(stage, name) for name in names) for stage in train.STAGES.values()] == [
-        (1e-4, [0.9, 0.99], 20_000, 0, 320**2, 3, 0.01, 1),
-        (4e-5, [0.9, 0.95], 4_000, 0.9999, 640**2, 5, 0.01, 1),
-        (2e-5, [0.9, 0.95], 16_000, 0.9999, 640**2, 5, 0.01, 1),
+        (1e-4, 0.9, 0.99, 20_000, 0, 320**2, 3, 0.01, 1),
+        (4e-5, 0.9, 0.95, 4_000, 0.9999, 640**2, 5, 0.01, 1),
+        (2e-5, 0.9, 0.95, 16_000, 0.9999, 640**2, 5, 0.01, 1),
     ]
 
 
@@ -621,7 +622,7 @@ def test_stages_are_the_columns_of_table_1():
 def test_a_step_changes_what_table_1_trains_and_nothing_else(stage, small_config, tmp_path):
     started = start(small_config, tmp_path, "--steps=4", SILENT, stage=stage)
     (group,) = started.optimizer.param_groups
-    assert ([*group["betas"]], group["weight_decay"]) == (train.STAGES[stage].betas, 0.01)
+    assert (group["betas"], group["weight_decay"]) == ((0.9, train.STAGES[stage].beta2), 0.01)
     before = {name: tensor.clone() for name, tensor in started.vino.state_dict().items()}
     train.train(started)  # with and without references
     after = started.vino.state_dict()
@@ -651,17 +652,20 @@ def test_a_shorter_run_warms_up_cools_down_and_averages_over_fewer_steps():
 
 
 def test_the_command_line_wins_over_the_config_and_the_config_over_table_1(small_config):
-    args = train.parse_arguments(["--stage=2", "--shift=2.5", "--betas", "0.8", "0.9", "--tasks", "t2v"])
+    args = train.parse_arguments(["--stage=2", "--shift=2.5", "--beta2=0.8", "--tasks", "t2v"])
     stage = train.make_stage("2", Config.from_file(small_config), vars(args))
-    assert (stage.shift, stage.betas, stage.area, stage.weight_decay) == (2.5, [0.8, 0.9], 1024, 0.01)
+    assert (stage.shift, stage.beta2, stage.area, stage.weight_decay) == (2.5, 0.8, 1024, 0.01)
     assert stage.mixture == {"t2v": 0.4}
     for wrong, named in [({"1": {"rate": 1}}, "training.1.rate"), ({"4": {}}, "training.4"),
                          ({"1": {"batch": 0}}, "'batch' should be at least 1"),
-                         ({"1": {"trainable": [["MMDiT"]]}}, "unknown module"),
-                         ({"1": {"betas": ["0.9", "0.99"]}}, "'betas' should be two numbers"),
+                         ({"1": {"mixture": {"t2x": 1}}}, "unknown task 't2x'"),
+                         ({"1": {"mixture": {"t2i": "1"}}}, "'t2i' should be at least 0"),
                          ({"1": {"drop": 2.0}}, "'drop' should be at least 0 and at most 1")]:  # fmt: skip
         with pytest.raises(InputError, match=named):
             train.make_stage("1", Config.from_dict({"training": wrong}), {})
+    for wrong in ([], ["transformer.", ["MMDiT"]]):
+        with pytest.raises(InputError, match="no parameter's name begins with"):
+            train.choose_parameters(torch.nn.ModuleDict({"transformer": torch.nn.Linear(1, 1)}), wrong)
 
 
 class Numbers(train.Source):
@@ -695,8 +699,9 @@ def test_processes_draw_the_same_task_and_share_its_samples(monkeypatch):
         return train.Run.load(run, step=7)
 
     task, alone = load(1, 0, accumulate=4)
-    assert alone == [[24, 25], [26, 27], [28, 29], [30, 31]]
-    assert load(2, 0, accumulate=2) == (task, alone[::2]) and load(2, 1, accumulate=2) == (task, alone[1::2])
+    assert alone == {0: [24, 25], 2: [26, 27], 4: [28, 29], 6: [30, 31]}
+    (first, even), (second, odd) = load(2, 0, accumulate=2), load(2, 1, accumulate=2)
+    assert first == second == task and even.keys() == {0, 4} and even | odd == alone
 
 
 def dropped(step, images, process=0):
@@ -704,7 +709,7 @@ def dropped(step, images, process=0):
     kinds = [False] * images + [True]
     references = [train.Reference(None, None, None, is_video=kind) for kind in kinds]
     batch = train.Batch("tiv2v", ["long"], ["short"], references, None, key=(0, step, process))
-    kept = train.drop_conditions(batch, 0, step, train.STAGES["2"])
+    kept = train.drop_conditions(batch, train.STAGES["2"])
     videos = sum(reference.is_video for reference in kept.references)
     return kept.prompts[0], len(kept.references) - videos, videos
 
@@ -723,9 +728,10 @@ def test_each_modality_is_dropped_one_time_in_ten_and_on_its_own():
 
 def test_what_the_model_is_trained_on_has_its_conditions_dropped(small_config, tmp_path):
     for drop, prompts, references in (("0", True, 2), ("1", False, 0)):
-        started = start(small_config, tmp_path, f"--drop={drop}")
-        samples = [started.source.draw("tiv2v", 0, index) for index in range(2)]
-        batch = started.make_batch("tiv2v", 0, samples)
+        started = start(small_config, tmp_path / drop, f"--drop={drop}", "--tasks=tiv2v", "--steps=1", SILENT)
+        with patch.object(started.objective, "loss", wraps=started.objective.loss) as loss:
+            train.train(started)
+        batch = loss.call_args.args[0]
         assert all(map(bool, batch.prompts)) == prompts and len(batch.references) == references
 
 
@@ -772,7 +778,7 @@ def test_the_loss_is_the_flow_loss_of_the_posteriors_mean(small_config, tmp_path
     u, noise = train.draw_noise(batch.key, data)
     t = 5 * u / (1 + 4 * u)
     mixed = (1 - t)[:, None, None, None, None] * data + t[:, None, None, None, None] * noise
-    velocity = model.velocity(mixed, t, model.mm_encoder(batch.prompts, []))
+    velocity = model.transformer(mixed, t, model.mm_encoder(batch.prompts, []))
     expected = (velocity - (noise - data)).square().mean((1, 2, 3, 4))
     torch.testing.assert_close(started.objective(batch), expected)
 
@@ -943,7 +949,8 @@ def test_zero2_keeps_weights_whole_from_forward_to_backward_and_fsdp_does_not(ho
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         started = start(small_config, tmp_path, f"--shard={how}")
-        started.model(started.make_batch("t2i", 0, [started.source.draw("t2i", 0, 0)]))
+        batch = started.source.collate("t2i", [started.source.draw("t2i", 0, 0)], started.device)
+        started.model(batch)
         weights = [*started.vino.transformer.blocks()[0].parameters()]
     finally:
         dist.destroy_process_group()
@@ -1095,15 +1102,15 @@ def test_kill_during_a_save_leaves_the_checkpoint_before(small_config, tmp_path)
 
 def test_a_full_disk_is_one_clear_error_and_older_checkpoints_stay(small_config, tmp_path, train_refuses):
     run(small_config, tmp_path, "--steps=2", SILENT)
-    limits = train.resource.getrlimit(train.resource.RLIMIT_FSIZE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        train.resource.setrlimit(train.resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file may be larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file may be larger
         message = train_refuses(tmp_path, "--resume", "--steps=4", "--save-every=3", SILENT)
     finally:
-        train.resource.setrlimit(train.resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, old)
-    assert "cannot write" in message and "MiB free" in message
+    assert "cannot write" in message and "older ones stay" in message
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
     assert start(small_config, tmp_path, "--resume").step == 2
 
@@ -1137,21 +1144,22 @@ def test_a_damaged_checkpoint_or_one_of_another_run_is_one_clear_error(
     told = train_refuses(tmp_path, "--resume", "--steps=2")
     assert "cut short" in told and "step_00000001" in told
     for forged, named in (
-        ("[]", "not a checkpoint's"),
-        ('{"step": 1}', "not a checkpoint's"),
-        ("{", "not JSON"),
+        ("[]", "state.json is not a checkpoint's"),
+        ('{"step": 1}', "state.json is not a checkpoint's"),
+        ("{", "state.json is not JSON"),
+        ('{"identity": {}, "stage": []}', "if it is damaged, remove it"),
     ):
         (tmp_path / "checkpoints/step_00000001/state.json").write_text(forged)
-        assert f"state.json is {named}" in train_refuses(tmp_path, "--resume", "--steps=2")
+        assert named in train_refuses(tmp_path, "--resume", "--steps=2")
 
 
 @pytest.mark.parametrize("switch", ["--no-queries", "--no-boundary-tokens"])
 def test_the_ablations_train_and_their_export_knows_what_is_missing(switch, small_config, tmp_path, photo):
     run(small_config, tmp_path, switch, "--steps=2", SILENT)
     model = Vino.load(tmp_path / "final.safetensors")
-    own, [block] = model.config, model.mm_encoder(["x"], [model.encode(photo)]).references
+    own, [(first, _, _)] = model.config, model.mm_encoder(["x"], [model.encode(photo)]).references
     assert (own.num_queries, own.boundary_tokens) == ((0, True) if switch == "--no-queries" else (4, False))
-    assert (block.start is not None) == own.boundary_tokens
+    assert (first is not None) == own.boundary_tokens
     assert model.generate(["x"], [photo], size=(1, 48, 80), steps=1).isfinite().all()
     start(small_config, tmp_path, switch, "--resume")
 
@@ -1159,12 +1167,12 @@ def test_the_ablations_train_and_their_export_knows_what_is_missing(switch, smal
 def test_a_stage_says_what_it_starts_from_and_takes_the_export_of_the_one_before(
     small_config, tmp_path, capsys
 ):
-    args = train.parse_arguments(["--stage=2"])
-    assert train.choose_weights(args, tmp_path / "stage2", None) == str(train.TINY)
+    args = train.parse_arguments(["--stage=2", f"--out={tmp_path / 'stage2'}"])
+    assert train.prepare(args).weights == str(train.TINY)
     export = tmp_path / "stage1" / "final.safetensors"
     export.parent.mkdir()
-    export.touch()
-    assert train.choose_weights(args, tmp_path / "stage2", None) == str(export)
+    shutil.copy(train.TINY, export)
+    assert train.prepare(args).weights == str(export)
     start(small_config, tmp_path / "run", "--steps=9", "--warmup=9", "--cooldown=9")
     told = capsys.readouterr().err
     assert "from random (--weights chooses others)" in told

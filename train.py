@@ -1,34 +1,30 @@
 """Train VINO as the paper does: three stages, all tasks in one model, on one CPU or on many GPUs.
 
-    python train.py --stage 3                                     tiny model, toy world, this machine
-    torchrun --nproc-per-node 8 train.py --stage 3 --weights FOLDER --data samples.jsonl
+python train.py --stage 3                                     tiny model, toy world, this machine
+torchrun --nproc-per-node 8 train.py --stage 3 --weights FOLDER --data samples.jsonl
 
-    1. Table 1            hyperparameters of the three stages
-    2. Tasks              figure 6, appendix B: what is learned when, condition dropout
-    3. Samples            3.1: what fits into a local batch of 1; samples from files
-    4. The loss           appendix B
-    5. Memory, many GPUs  3.1: gradient checkpointing, ZeRO-2, averaged weights
-    6. The loop
-    7. Checkpoints        and the export: averaged weights (EMA), which the next stage starts from
-    8. Validation         losses and a picture
-    9. The command line
-
-Each random choice has a generator of its own, seeded with what it is for (the run's seed, the step, the
-local batch): a run that is resumed, or spread over more processes, sees the same samples and noise.
+1. Tasks              figure 6, appendix B: what is learned when
+2. Table 1            hyperparameters of the three stages
+3. Samples            3.1, appendix B: condition dropout; a local batch of 1; files
+4. The loss           appendix B
+5. Memory, many GPUs  3.1: gradient checkpointing, ZeRO-2, averaged weights
+6. The loop
+7. Checkpoints        and the export: averaged weights (EMA), which the next stage starts from
+8. Validation         losses and a picture
+9. The command line
 """
 
 import argparse
+import gc
 import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -42,7 +38,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -50,11 +47,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from vino import (
-    InputError, MMDiT, Reference, Vino, agree, compiled, crop16, flow_loss, letterbox, normalize,
+    InputError, MMDiT, Reference, Vino, agree, compiled, crop16, existing, flow_loss, letterbox, normalize,
     open_safetensors, override, read_config, read_frames, read_image, read_json, read_video, sample,
     to_frames,
 )  # fmt: skip
@@ -75,102 +73,7 @@ def one_line(error):
     return " ".join(str(error).split())[-200:]
 
 
-# --- 1. Table 1 ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Stage:
-    """A column of table 1, and below it what the paper does not number. A config's "training" section and the
-    command line can change any of it."""
-
-    lr: float  # constant, but for `warmup` and `cooldown`
-    betas: list
-    steps: int
-    ema: float  # decay; 0 is none
-    area: int  # height * width of a frame
-    shift: float  # of the timesteps
-    trainable: list  # keys of MODULES
-    weight_decay: float = 0.01
-    clip: float = 1.0  # the gradient's norm; 0 is none
-    drop: float = 0.1  # probability to drop the text, the images, the video: each on its own (appendix B)
-    batch: int = 1  # samples per process: "a local batch size of 1" (3.1)
-    checkpointing: bool = True  # of the MMDiT's blocks (3.1)
-    # The paper has what follows, too, but no numbers: these are ours.
-    mixture: dict = field(default_factory=dict)  # task: share; MIXTURES has the defaults
-    short: float = 0.5  # share of prompts in their short form (2.3)
-    sync_drop_images: int = 2  # with more images than this all processes drop alike (appendix B)
-    latent_frames: int = 30  # how many fit with a local batch of 1, references included (3.1)
-    warmup: int = 0  # steps in which the learning rate rises from 0
-    cooldown: int = 0  # steps at the end in which it falls to 0
-    encode_once: int = (
-        0  # toy world on a GPU: samples of a layout, whose frozen encodings are kept; 0: no end
-    )
-
-
-ALIGN = ["connectors", "learnable tokens"]
-ALL = [*ALIGN, "MMDiT"]
-STAGES = {
-    "1": Stage(1e-4, [0.9, 0.99], 20_000, ema=0.0, area=320**2, shift=3.0, trainable=ALIGN, short=0.0),
-    "2": Stage(4e-5, [0.9, 0.95], 4_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
-    "3": Stage(2e-5, [0.9, 0.95], 16_000, ema=0.9999, area=640**2, shift=5.0, trainable=ALL),
-}
-MODULES = {  # how the names of their parameters begin
-    "connectors": "mm_encoder.connector", "learnable tokens": "mm_encoder.metaquery", "MMDiT": "transformer.",
-}  # fmt: skip
-LIMITS = {  # least and most of a field, where these are not 0 and infinity
-    "steps": (1, math.inf), "batch": (1, math.inf), "latent_frames": (5, math.inf), "area": (256, math.inf),
-    "shift": (0.01, math.inf), "short": (0, 1), "drop": (0, 1), "ema": (0, 1),
-}  # fmt: skip
-
-
-def make_stage(number, config, arguments):
-    """Table 1's column, changed by the config's "training" section, then by the command line's arguments."""
-    check_known("config field", [f"training.{n}" for n in config.training], [f"training.{n}" for n in STAGES])
-    stage = replace(STAGES[number], mixture=MIXTURES[number])
-    override(stage, config.training.get(number, {}), f"training.{number}.")
-    check_known("task", stage.mixture, TASKS)
-    check_known("module", stage.trainable, MODULES)
-    if arguments.get("tasks"):
-        check_known(f"task of stage {number}", arguments["tasks"], stage.mixture)
-        stage.mixture = {task: stage.mixture[task] for task in arguments["tasks"]}
-    return adjust(stage, arguments)
-
-
-def adjust(stage, arguments):
-    """The stage with the command line's changes. An InputError names the first field that makes no sense."""
-    given = {f.name: arguments[f.name] for f in fields(Stage) if arguments.get(f.name) is not None}
-    planned = stage.steps
-    override(stage, given, "--")
-    shares = [*stage.mixture.values()]
-    if not all(type(share) in (int, float) and share >= 0 for share in shares) or not sum(shares):
-        raise InputError("field 'mixture' should be shares, none below 0 and not all of them 0")
-    if len(stage.betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in stage.betas):
-        raise InputError("field 'betas' should be two numbers from 0 to below 1")
-    for f in fields(Stage):
-        least, most = LIMITS.get(f.name, (0, math.inf))
-        if f.type in (int, float) and not least <= getattr(stage, f.name) <= most:  # nan is not
-            raise InputError(f"field '{f.name}' should be at least {least} and at most {most}")
-    if stage.steps < planned:  # a shorter run warms up, cools down and averages over fewer steps
-        stage.warmup = given.get("warmup", min(stage.warmup, stage.steps // 10))
-        stage.cooldown = given.get("cooldown", min(stage.cooldown, stage.steps // 4))
-        if stage.ema and "ema" not in given:
-            stage.ema = max(0.5, 1 - (1 - stage.ema) * planned / stage.steps)
-    return stage
-
-
-def check_known(what, names, known):
-    for name in names:
-        if name not in [*known]:  # a list: what stands in a JSON file need not be hashable
-            raise InputError(f"unknown {what} '{name}'; known: {', '.join(known)}")
-
-
-def learning_rate(stage, step):
-    """Table 1's constant rate, with our rise at the beginning and fall at the end."""
-    left = stage.steps - step + 1
-    return stage.lr * min(1, step / max(1, stage.warmup), left / max(1, stage.cooldown))
-
-
-# --- 2. Tasks, how often each stage draws them, and condition dropout (figure 6, appendix B) ----------------
+# --- 1. Tasks, and how often each stage draws them (figure 6, appendix B) -----------------------------------
 
 
 @dataclass
@@ -205,6 +108,90 @@ MIXTURES = {  # figure 6 shows the paper's shares as a drawing only; stage 1's t
 }  # fmt: skip
 
 
+# --- 2. Table 1 ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """A column of table 1, and below it what the paper does not number. A config's "training" section and the
+    command line can change any of it."""
+
+    lr: float  # constant, but for `warmup` and `cooldown`
+    beta1: float  # of AdamW
+    beta2: float
+    steps: int
+    ema: float  # decay; 0 is none
+    area: int  # height * width of a frame
+    shift: float  # of the timesteps
+    trainable: list  # how the names of the parameters begin
+    mixture: dict  # task: share
+    weight_decay: float = 0.01
+    clip: float = 1.0  # the gradient's norm; 0 is none
+    drop: float = 0.1  # probability to drop the text, the images, the video: each on its own (appendix B)
+    batch: int = 1  # samples per process: "a local batch size of 1" (3.1)
+    checkpointing: bool = True  # of the MMDiT's blocks (3.1)
+    # The paper has what follows, too, but no numbers: these are ours.
+    short: float = 0.5  # share of prompts in their short form (2.3)
+    sync_drop_images: int = 2  # with more images than this all processes drop alike (appendix B)
+    latent_frames: int = 30  # how many fit with a local batch of 1, references included (3.1)
+    warmup: int = 0  # steps in which the learning rate rises from 0
+    cooldown: int = 0  # steps at the end in which it falls to 0
+    encode_once: int = 0  # toy world on a GPU: distinct samples of a layout, encoded once each; 0: no end
+
+
+ALIGN = ["mm_encoder.connector", "mm_encoder.metaquery"]  # connectors and learnable tokens
+ALL = [*ALIGN, "transformer."]  # and the MMDiT
+STAGES = {
+    "1": Stage(1e-4, 0.9, 0.99, 20_000, 0.0, 320**2, 3.0, ALIGN, MIXTURES["1"], short=0.0),
+    "2": Stage(4e-5, 0.9, 0.95, 4_000, 0.9999, 640**2, 5.0, ALL, MIXTURES["2"]),
+    "3": Stage(2e-5, 0.9, 0.95, 16_000, 0.9999, 640**2, 5.0, ALL, MIXTURES["3"]),
+}
+LEAST = {"latent_frames": 5, "area": 256, "shift": 0.01}  # of numbers that may not be as small as 0
+LEAST |= dict.fromkeys(("steps", "batch", "accumulate", "save_every", "keep"), 1)
+MOST = {"short": 1, "drop": 1, "ema": 1, "beta1": 0.9999, "beta2": 0.9999}
+
+
+def make_stage(number, config, arguments, stages=STAGES):
+    """A column of table 1, changed by the config's "training" section, then by the command line's arguments.
+    An InputError names the first field that makes no sense."""
+    check_known("config field", [f"training.{n}" for n in config.training], [f"training.{n}" for n in STAGES])
+    stage, changes = replace(stages[number]), config.training.get(number, {})
+    override(stage, changes, f"training.{number}.")
+    check_known("task", changes.get("mixture", ()), TASKS)
+    steps = arguments.get("steps") or stage.steps
+    if steps < stage.steps:  # a shorter run warms up, cools down and averages over fewer steps
+        stage.warmup = min(stage.warmup, steps // 10)
+        stage.cooldown = min(stage.cooldown, steps // 4)
+        stage.ema = stage.ema and max(0.5, 1 - (1 - stage.ema) * stage.steps / steps)
+    given = {name: value for name, value in arguments.items() if hasattr(stage, name) and value is not None}
+    stage = replace(stage, **given)
+    if arguments.get("tasks"):
+        check_known(f"task of stage {number}", arguments["tasks"], stage.mixture)
+        stage.mixture = {task: stage.mixture[task] for task in arguments["tasks"]}
+    settings = (arguments | asdict(stage)).items()
+    numbers = {name: value for name, value in settings if isinstance(value, (int, float))} | stage.mixture
+    for name, value in numbers.items():
+        least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
+        if not isinstance(value, (int, float)) or not least <= value <= most:  # nan is not
+            raise InputError(f"'{name}' should be at least {least} and at most {most}")
+    return stage
+
+
+def check_known(what, names, known):
+    for name in names:
+        if name not in [*known]:  # a list: what stands in a JSON file need not be hashable
+            raise InputError(f"unknown {what} '{name}'; known: {', '.join(known)}")
+
+
+def learning_rate(stage, step):
+    """Table 1's constant rate, with our rise at the beginning and fall at the end."""
+    left = stage.steps - step + 1
+    return stage.lr * min(1, step / max(1, stage.warmup), left / max(1, stage.cooldown))
+
+
+# --- 3. Samples: condition dropout (appendix B); what fits into a local batch of 1 (3.1); files -------------
+
+
 @dataclass
 class Batch:
     """Samples of one task and one layout."""
@@ -215,22 +202,23 @@ class Batch:
     references: list  # References of batch size B: images, then the video
     target: Tensor  # [B, 3, T, H, W] in [-1, 1]
     answers: list = field(default_factory=list)  # the target in words; the toy world has them
-    key: tuple = ()  # what its noise and its dropout are drawn from
+    key: tuple = ()  # seed, step, and which local batch: what its noise and its dropout are drawn from
     latents: Tensor | None = None  # of the target, if known; the references are then EncodedReferences
 
 
 def chance(*key):
-    """A generator for one purpose: the same key gives the same choices, in every process and every run."""
+    """A generator for one purpose, such as the noise of one local batch of one step: a run that is resumed,
+    or spread over more processes, makes the same choices."""
     return random.Random(" ".join(map(str, key)))
 
 
-def drop_conditions(batch, seed, step, stage):
+def drop_conditions(batch, stage):
     """Choose long or short prompts, and drop conditions for classifier-free guidance, each on its own
     (appendix B). The text of each sample has a choice of its own, the images and the video of each process's
     batch. With many images these share the step's choice: all processes have equally much to do."""
     images = sum(not reference.is_video for reference in batch.references)
-    key = (seed, step) if images > stage.sync_drop_images else batch.key
-    choice = chance(*key, "references")
+    seed, step, _ = batch.key
+    choice = chance(*((seed, step) if images > stage.sync_drop_images else batch.key), "references")
     no_images = choice.random() < stage.drop
     no_video = choice.random() < stage.drop
     references = [r for r in batch.references if not (no_video if r.is_video else no_images)]
@@ -239,12 +227,6 @@ def drop_conditions(batch, seed, step, stage):
         prompt = short if choice.random() < stage.short else long
         prompts.append("" if choice.random() < stage.drop else prompt)
     return replace(batch, prompts=prompts, references=references)
-
-
-# --- 3. Samples (3.1): what fits into a local batch of 1; samples from files --------------------------------
-
-UNREADABLE = (OSError, ValueError)  # what Pillow and vino raise at a bad file
-VALIDATION, PICTURE_STEPS = 4, 20  # fixed samples of each task, and the sampler's steps for their picture
 
 
 class Source:
@@ -278,7 +260,7 @@ class Entry:
     short_prompt: str = ""  # by default the prompt
     images: list = field(default_factory=list)
     video: str = ""
-    line = 0  # its number; not a field
+    line: int = 0  # its number
 
 
 class Manifest(Source):
@@ -287,44 +269,29 @@ class Manifest(Source):
 
     def __init__(self, path, stage, config, seed):
         super().__init__(stage, config, seed)
-        if stage.batch != 1:
-            raise InputError(f"--data takes --batch 1, and {stage.batch} is given: use --accumulate")
-        self.path = Path(path)
+        self.path = existing(path)
         self.broken = set()  # lines
-        entries = self.read_entries()
-        self.count = len(entries)
-        self.held, self.entries = {}, {}  # of each task: for validation, for training
-        self.tasks = [task for task in self.tasks if any(entry.task == task for entry in entries)]
+        self.all = {}  # task: entries
+        for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
+            try:
+                if line.strip():
+                    entry = self.read_entry(number, line)
+                    self.all.setdefault(entry.task, []).append(entry)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: {one_line(error)}") from error
+        self.tasks = [task for task in self.tasks if task in self.all]
+        self.training = {}  # all but the first ones, which are held out for validation
         for task in self.tasks:
-            own = [entry for entry in entries if entry.task == task]
-            held = min(VALIDATION, math.ceil(len(own) / 100), len(own) - 1)
-            self.held[task] = own[:held] or own
-            self.entries[task] = own[held:]
-        if not self.tasks:
-            raise InputError(f"{path} has no sample of this stage's tasks ({', '.join(stage.mixture)})")
+            held_out = min(VALIDATION, math.ceil(len(self.all[task]) / 100), len(self.all[task]) - 1)
+            self.training[task] = self.all[task][held_out:]
 
-    def read_entries(self):
-        """The lines of the manifest as Entries. An InputError names the first wrong one."""
-        try:
-            lines = self.path.read_text("utf-8").split("\n")  # splitlines() also cuts inside JSON's strings
-        except UNREADABLE as error:
-            raise InputError(f"cannot read {self.path}: {error}") from error
-        entries = []
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    entries.append(self.read_entry(line))
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{self.path}, line {number}: {one_line(error)}") from error
-                entries[-1].line = number
-        return entries
-
-    def read_entry(self, line):
+    def read_entry(self, number, line):
         """A manifest's line as an Entry, if it has what its task needs."""
         given = json.loads(line)
         json.dumps(given, ensure_ascii=False).encode()  # fails where a string ends in half a character
         entry = Entry()
         override(entry, given, "")
+        entry.line = number
         for name in ("task", "prompt", "target"):
             if name not in given:
                 raise InputError(f"'{name}' is missing")
@@ -341,35 +308,33 @@ class Manifest(Source):
             raise InputError(f"'{entry.task}' {'needs a' if task.video else 'takes no'} video")
         return entry
 
+    @lru_cache(maxsize=32)  # an epoch's order serves all its draws
+    def shuffled(self, task, epoch):
+        own = self.training[task]
+        return chance(self.seed, task, "epoch", epoch).sample(own, len(own))
+
     def draw(self, task, position, index):
-        """A Batch of one. The next sample stands in for one that cannot be read."""
+        """A Batch of one. The next sample stands in for one that cannot be read, which is reported once. More
+        than 1% of them end the run."""
         if index < 0:
-            place = -1 - index
-            order = [*self.held[task], *self.entries[task]]
+            order, place = self.all[task], -1 - index
         else:
-            epoch, place = divmod(index, len(self.entries[task]))
+            epoch, place = divmod(index, len(self.training[task]))
             order = self.shuffled(task, epoch)
         for offset in range(len(order)):
             entry = order[(place + offset) % len(order)]
             try:
                 return self.load(entry)
-            except UNREADABLE as error:
-                self.report(entry.line, one_line(error))
+            except (OSError, ValueError) as error:  # what Pillow and vino raise at a bad file
+                problem = f"{self.path}, line {entry.line}: skipped: {one_line(error)}"
+            if entry.line not in self.broken:
+                tqdm.write(problem, file=sys.stderr)
+                self.broken.add(entry.line)
+            count = sum(map(len, self.all.values()))
+            if len(self.broken) > count / 100:
+                broken = f"{len(self.broken)} of {count} samples cannot be read, more than 1%"
+                raise InputError(f"{problem}; {broken}")
         raise InputError(f"{self.path}: no sample of '{task}' can be read")
-
-    @lru_cache(maxsize=32)  # an epoch's order serves all its draws
-    def shuffled(self, task, epoch):
-        own = self.entries[task]
-        return chance(self.seed, task, "epoch", epoch).sample(own, len(own))
-
-    def report(self, line, problem):
-        """Report an unreadable sample, once. More than 1% of them end the run."""
-        if line not in self.broken:
-            tqdm.write(f"{self.path}, line {line}: skipped: {problem}", file=sys.stderr)
-        self.broken.add(line)
-        if len(self.broken) > self.count / 100:
-            share = f"{len(self.broken)} of {self.count} samples cannot be read, more than 1%"
-            raise InputError(f"{self.path}: {share}; the last is line {line}: {problem}")
 
     def load(self, entry):
         """Decode a line -> Batch of one, at the stage's area and its own aspect ratio, with 4k + 1 frames."""
@@ -397,10 +362,10 @@ def read_target(path, frames, area, framed):
     clip = list(islice(read_frames(path, None if framed else area), frames))
     if len(clip) < 5:
         raise InputError(f"{path} has {len(clip)} frame(s), and the VAE needs at least 5")
-    clip = np.stack(clip[: (len(clip) - 1) // 4 * 4 + 1])
+    clip = clip[: (len(clip) - 1) // 4 * 4 + 1]
     if framed:
-        return normalize(to_frames([letterbox(Image.fromarray(frame), area) for frame in clip]))
-    return normalize(to_frames(crop16(clip)))
+        clip = [letterbox(Image.fromarray(frame), area) for frame in clip]
+    return normalize(to_frames(crop16(np.stack(clip))))
 
 
 # --- 4. The loss (appendix B) -------------------------------------------------------------------------------
@@ -416,6 +381,8 @@ def draw_noise(key, data):
 class Objective(nn.Module):
     """From a batch to its losses. DDP or FSDP wraps this module: only inside it are sharded weights whole."""
 
+    sometimes_used = "mm_encoder.connector_vae_branch"  # takes part only where there are references
+
     def __init__(self, vino, shift):
         super().__init__()
         self.vino, self.shift = vino, shift
@@ -424,14 +391,19 @@ class Objective(nn.Module):
     def forward(self, batch, picture=False):
         """The loss of each sample, [B]; or, to look at, what `picture` gives."""
         device = self.vino.mm_encoder.metaquery.device.type
-        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
-            return self.picture(batch) if picture else self.loss(batch) + self.zero()
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            if picture:
+                return self.picture(batch)
+            # Gradients of zero: AdamW treats all parameters alike in every step, and a process that has
+            # dropped its references reduces the same gradients as others.
+            idle = [p for p in self.vino.get_submodule(self.sometimes_used).parameters() if p.requires_grad]
+            return self.loss(batch) + 0 * sum(p.sum() for p in idle)
 
     def loss(self, batch):
         """Rectified flow on the target's tokens: [B]."""
         data = self.latents(batch)
         u, noise = draw_noise(batch.key, data)
-        velocity = partial(self.vino.velocity, condition=self.condition(batch))
+        velocity = partial(self.vino.transformer, condition=self.condition(batch))
         return flow_loss(velocity, data, noise, u, self.shift)
 
     @torch.no_grad()
@@ -446,18 +418,9 @@ class Objective(nn.Module):
         # Reconstruction bypasses the VAE: the MMDiT has to find the image in what the VLM says.
         return self.vino.mm_encoder(batch.prompts, references, vae_branch=batch.task != "reconstruction")
 
-    def sometimes_used(self):
-        """The module that takes part in the loss only where there are references."""
-        return self.vino.mm_encoder.connector_vae_branch
-
-    def zero(self):
-        """Nothing, but with a gradient of zero for `sometimes_used`: AdamW then treats all parameters alike
-        in every step, and a process that has dropped its references reduces the same gradients as others."""
-        return 0 * sum(p.sum() for p in self.sometimes_used().parameters() if p.requires_grad)
-
     def picture(self, batch):
         """What the model makes of a batch, without guidance -> pixels [B, 3, T, H, W] and B texts."""
-        velocity = partial(self.vino.velocity, condition=self.condition(batch))
+        velocity = partial(self.vino.transformer, condition=self.condition(batch))
         _, noise = draw_noise(batch.key, self.latents(batch))
         latents = sample(velocity, noise, PICTURE_STEPS, self.shift)
         return self.vino.vae.decode(latents).float(), batch.prompts
@@ -484,45 +447,32 @@ def checkpointed(block, *inputs):
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=keep)
 
 
-def to_masters(module):
-    """float32 for what trains. What is frozen stays in the type that it computes in."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
 def distribute(objective, how, dtype):
-    """The module to call in training. how: "ddp"; "zero2", the paper's, where weights stay whole from forward
+    """The module to call in training. Its weights are float32 where they train, and in the type that it
+    computes in where they are frozen. how: "ddp"; "zero2", the paper's, where weights stay whole from forward
     to backward, and gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered
     anew for the backward."""
-    if how == "ddp" or not dist.is_initialized():
-        objective.autocast = None if dtype == torch.float32 else dtype
-        to_masters(objective)
-        return DistributedDataParallel(objective) if WORLD > 1 else objective
-    mesh = init_device_mesh(next(objective.parameters()).device.type, (WORLD,))
+    sharded = how != "ddp" and dist.is_initialized()
+    mesh = init_device_mesh(next(objective.parameters()).device.type, (WORLD,)) if sharded else None
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": how == "fsdp"}
-    for block in objective.vino.transformer.blocks():
-        to_masters(block)  # one by one: all of them in float32 at once need not fit
-        fully_shard(block, **options)
-    to_masters(objective)
     unsharded = {*objective.vino.mm_encoder.mm_encoder.parameters(), *objective.vino.vae.parameters()}
     unsharded |= {parameter for parameter in objective.parameters() if parameter.numel() == 0}
-    return fully_shard(objective, **options, ignored_params=unsharded)
+    for module in (*objective.vino.transformer.blocks(), objective):
+        for parameter in module.parameters():
+            if parameter.requires_grad:  # block by block: all of them in float32 at once need not fit
+                parameter.data = parameter.data.float()
+        if sharded:
+            fully_shard(module, **options, ignored_params=unsharded)
+    if sharded:
+        return objective
+    objective.autocast = None if dtype == torch.float32 else dtype
+    return DistributedDataParallel(objective) if WORLD > 1 else objective
 
 
 def local(tensor):
     """This process's share of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def with_share(tensor, share):
-    """A tensor like `tensor`, of which this process has `share`."""
-    share = share.to(tensor.device)
-    if not isinstance(tensor, DTensor):
-        return share
-    layout = {"shape": tensor.shape, "stride": tensor.stride()}
-    return DTensor.from_local(share, tensor.device_mesh, tensor.placements, **layout)
 
 
 def whole(tensor):
@@ -556,10 +506,8 @@ class Averages:
         if step % self.every == 0:
             for name, average in self.tensors.items():
                 parameter = local(self.parameters[name])
-                visitor = average.to(parameter.device, non_blocking=True)  # itself, if it is there already
-                visitor.lerp_(parameter, 1 - self.decay**self.every)
-                if visitor is not average:
-                    average.copy_(visitor)
+                nearby = average.to(parameter.device, non_blocking=True)  # itself, if it is there already
+                average.copy_(nearby.lerp_(parameter, 1 - self.decay**self.every))
 
 
 # --- 6. The loop --------------------------------------------------------------------------------------------
@@ -580,11 +528,12 @@ class Run:
                 block.forward = MethodType(checkpointed, block)
             if args.compile:
                 block.forward = compiled(block.forward)
-        choose_parameters(objective, stage)
+        choose_parameters(objective, stage.trainable)
         self.model = distribute(objective, args.shard, dtype)
-        self.parameters = {name: p for name, p in named_parameters(objective) if p.requires_grad}
-        rule = {"lr": stage.lr, "betas": stage.betas, "weight_decay": stage.weight_decay, "fused": True}
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), **rule)
+        named = [(name.removeprefix("vino."), p) for name, p in objective.named_parameters()]
+        self.parameters = {name: p for name, p in named if p.requires_grad}
+        weights, betas = self.parameters.values(), (stage.beta1, stage.beta2)
+        self.optimizer = AdamW(weights, stage.lr, betas, weight_decay=stage.weight_decay, fused=True)
         for p in self.parameters.values():  # from the start, so that a checkpoint can be read into it
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -592,25 +541,18 @@ class Run:
         self.averages = Averages(self.parameters, stage.ema, args.ema_on_host)
 
     def load(self, step):
-        """The step's task, and this process's samples for it: a list for each batch that it accumulates. All
-        processes draw the same task, so that they do equal work (appendix B). A sample's number does not
-        depend on how many processes share a step."""
+        """The step's task, and this process's samples for it: a list for each batch. All processes draw the
+        same task, so that they do equal work (appendix B). A sample's number does not depend on how many
+        processes share a step."""
         size, source = self.stage.batch, self.source
         shares = [self.stage.mixture[task] for task in source.tasks]
         [task] = chance(self.args.seed, step, "task").choices(source.tasks, shares)
         position = math.ceil(self.drawn[task] / size) * size  # in case its size has changed
-        batches = []
+        batches = {}
         for micro in range(self.args.accumulate):
-            first = position + (micro * WORLD + RANK) * size
-            batches.append([source.draw(task, position, first + index) for index in range(size)])
+            first = (micro * WORLD + RANK) * size  # of this batch's samples, among the step's
+            batches[first] = [source.draw(task, position, position + first + i) for i in range(size)]
         return task, batches
-
-    def make_batch(self, task, micro, samples):
-        """Samples -> Batch, with its conditions dropped."""
-        batch = self.source.collate(task, samples, self.device)
-        first = (micro * WORLD + RANK) * len(samples)
-        batch.key = (self.args.seed, self.step, first)
-        return drop_conditions(batch, self.args.seed, self.step, self.stage)
 
     def clip_gradients(self):
         """Clip the gradient's norm, over all processes, and return it."""
@@ -636,26 +578,23 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
 
-def named_parameters(objective):
-    """Parameters under the names that they have in Vino."""
-    return [(name.removeprefix("vino."), p) for name, p in objective.named_parameters()]
-
-
-def choose_parameters(objective, stage):
+def choose_parameters(objective, prefixes):
     """Table 1's last row. What the model has and never uses stays as it is."""
-    prefixes = tuple(MODULES.get(name, f"{name}.") for name in stage.trainable)
-    for name, p in named_parameters(objective):
+    parameters = {name.removeprefix("vino."): p for name, p in objective.named_parameters()}
+    unknown = [prefix for prefix in prefixes if not any(name.startswith(str(prefix)) for name in parameters)]
+    if unknown or not prefixes:
+        raise InputError(f"field 'trainable': no parameter's name begins with {unknown}")
+    for name, p in parameters.items():
         unused = name.startswith("transformer." + MMDiT.UNUSED) or p.numel() == 0
-        p.requires_grad_(name.startswith(prefixes) and not unused)
-    if not any(p.requires_grad for p in objective.parameters()):
-        raise InputError(f"field 'trainable': there is nothing to train in {stage.trainable}")
+        p.requires_grad_(name.startswith(tuple(prefixes)) and not unused)
 
 
 def train(run):
     """All steps that are left, then the export. Returns the exit status."""
     args, stage = run.args, run.stage
-    progress = tqdm(total=stage.steps, initial=run.step, unit="step", disable=RANK > 0)
-    with progress as bar, ThreadPoolExecutor(1) as loader:  # which decodes the next step's samples
+    gc.freeze()  # imageio collects garbage whenever it closes a clip, and all threads wait for that
+    bar = tqdm(total=stage.steps, initial=run.step, unit="step", disable=RANK > 0)
+    with bar, ThreadPoolExecutor(1) as loader:  # which decodes the next step's samples
         upcoming = loader.submit(run.load, run.step + 1)
         while run.step < stage.steps:
             begin = time.perf_counter()
@@ -664,52 +603,45 @@ def train(run):
             run.drawn[task] += run.step_size
             upcoming = loader.submit(run.load, run.step + 1)
             loss = 0.0
-            for micro, samples in enumerate(batches):
-                part = run.model(run.make_batch(task, micro, samples)).mean() / args.accumulate
+            for first, samples in batches.items():
+                batch = run.source.collate(task, samples, run.device)
+                batch.key = (args.seed, run.step, first)
+                part = run.model(drop_conditions(batch, stage)).mean() / args.accumulate
                 part.backward()  # DDP and FSDP average over the processes
                 loss += part.detach()
             norm = run.clip_gradients()
             loss, signals = sums(float(loss) / WORLD, run.signal)
 
             finite = math.isfinite(loss) and math.isfinite(norm)
+            run.failed = 0 if finite else run.failed + 1
             lr = learning_rate(stage, run.step)
             if finite:
-                for group in run.optimizer.param_groups:
-                    group["lr"] = lr
+                run.optimizer.param_groups[0]["lr"] = lr
                 run.optimizer.step()
                 run.averages.update(run.step)
             run.optimizer.zero_grad()
-            run.failed = 0 if finite else run.failed + 1
 
-            record = {"step": run.step, "task": task, "skipped": not finite, "lr": lr}
+            seconds = time.perf_counter() - begin
+            record = {"step": run.step, "task": task, "samples": run.step_size, "seconds": seconds, "lr": lr}
             record |= {"loss": loss if finite else None, "grad_norm": norm if finite else None}
-            record |= {"samples": run.step_size, "seconds": time.perf_counter() - begin}
-            run.log(record | {"peak_mib": peak_memory(run.device)})
-            speed = f"{run.step_size / record['seconds']:.1f} samples/s"
+            run.log(record | {"skipped": not finite, "peak_mib": torch.cuda.max_memory_allocated() >> 20})
+            speed = f"{run.step_size / seconds:.1f} samples/s"
             bar.set_postfix_str(f"{task} loss {loss:.4f}, |g| {norm:.2f}, {speed}")
             bar.update()
 
             last = run.step == stage.steps
-            stop = signals > 0 or run.failed == 10
             if args.validate_every and (last or run.step % args.validate_every == 0):
                 validate(run)  # before the checkpoint, so that a resumed run lacks none
-            if last or stop or run.step % args.save_every == 0:
+            if last or signals or run.failed == 10 or run.step % args.save_every == 0:
                 save(run)
             if run.failed == 10:
                 advice = "stopped after a checkpoint; try a lower --lr, or --dtype float32"
                 raise InputError(f"step {run.step}: not finite for the tenth time in a row; {advice}")
-            if stop:
+            if signals:
                 say(f"stopped by a signal after step {run.step}; continue with --resume")
                 return 128 + run.signal
     export(run)
     return 0
-
-
-def peak_memory(device):
-    """MiB so far at the most: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
 # --- 7. Checkpoints and the export --------------------------------------------------------------------------
@@ -719,8 +651,7 @@ def identity(run):
     """What a checkpoint has in common with the run that continues it."""
     own = {"stage": run.args.stage, "seed": run.args.seed, "data": run.args.data}
     own |= {"trainable": run.stage.trainable, "has_ema": run.stage.ema > 0}
-    config = asdict(run.vino.config)
-    return own | {name: part for name, part in config.items() if name not in ("sampling", "training")}
+    return asdict(run.vino.config) | {"sampling": {}, "training": {}} | own
 
 
 def save(run):
@@ -731,9 +662,6 @@ def save(run):
     state = {"step": run.step, "drawn": run.drawn, "weights": run.weights, "shares": run.shares}
     state |= {"identity": identity(run), "stage": asdict(run.stage)}
     problem = ""
-    if RANK == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    sums(0)  # all processes wait here for the first
     try:
         partial.mkdir(parents=True, exist_ok=True)
         if RANK < run.shares:
@@ -745,45 +673,30 @@ def save(run):
         problem = one_line(error)
     if sum(sums(bool(problem))):
         shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(run.out).free >> 20
-        reason = problem or "another process could not"
-        raise InputError(f"cannot write {final} ({free} MiB free): {reason}; older ones stay")
+        raise InputError(f"cannot write {final}: {problem or 'another process failed'}; older ones stay")
     if RANK == 0:
         partial.rename(final)
         for old in complete_checkpoints(run.out)[: -run.args.keep]:
             shutil.rmtree(old)
 
 
-def read_state(path):
-    """All of a checkpoint but its tensors."""
-    saved = read_json(path / "state.json")
-    fields = {"step", "drawn", "weights", "shares", "identity", "stage"}
-    if not isinstance(saved, dict) or not fields <= saved.keys():
-        raise InputError(f"{path / 'state.json'} is not a checkpoint's; remove {path.name}")
-    return saved
-
-
-def restore(run, path):
-    """Continue from a checkpoint, written by any number of processes."""
-    saved = read_state(path)
-    try:
-        for name, value in identity(run).items():
-            agree(value, saved["identity"][name], name, path)
-        for name, value in asdict(run.stage).items():
-            if value != saved["stage"][name]:
-                say(f"going on with {name} {value}; until here it was {saved['stage'][name]}")
-        files = [open_safetensors(path / f"{share}.safetensors") for share in range(saved["shares"])]
-        for name, tensor in run.tensors().items():
-            parts = [file.get_tensor(name) for file in files]
-            value = torch.cat(parts) if tensor.dim() else parts[0]
-            if tensor.dim() and run.shares > 1:  # as FSDP cuts: equal shares, the last ones shorter or empty
-                shares = value.chunk(WORLD)
-                value = shares[RANK] if RANK < len(shares) else value[:0]
-            tensor.copy_(value)
-        run.step, run.drawn = saved["step"], run.drawn | saved["drawn"]
-    except (AttributeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        advice = "if it is damaged, remove it, and --resume takes the one before"
-        raise InputError(f"cannot read {path}: {one_line(error)}; {advice}") from error
+def restore(run, path, saved):
+    """Continue from a checkpoint, written by any number of processes; `saved` is its `state.json`."""
+    for name, value in identity(run).items():
+        agree(value, saved["identity"].get(name), name, path)
+    for name, value in asdict(run.stage).items():
+        before = saved["stage"].get(name)
+        if value != before:
+            say(f"going on with {name} {value}; until here it was {before}")
+    files = [open_safetensors(path / f"{share}.safetensors") for share in range(saved["shares"])]
+    for name, tensor in run.tensors().items():
+        parts = [file.get_tensor(name) for file in files]
+        value = torch.cat(parts) if tensor.dim() else parts[0]
+        if tensor.dim() and run.shares > 1:  # as FSDP cuts: equal shares, the last ones shorter or empty
+            shares = value.chunk(WORLD)
+            value = shares[RANK] if RANK < len(shares) else value[:0]
+        tensor.copy_(value)
+    run.step, run.drawn = saved["step"], run.drawn | saved["drawn"]
 
 
 def complete_checkpoints(out):
@@ -797,82 +710,75 @@ def export(run):
     type that the model computes in."""
     path, tensors = run.out / "final.safetensors", {}
     for name, tensor in run.vino.saved_tensors().items():
-        average = run.averages.tensors.get(name)
-        tensor = whole(tensor if average is None else with_share(tensor, average))
+        if name in run.averages.tensors:
+            tensor = tensor.clone()
+            local(tensor).copy_(run.averages.tensors[name])
+        tensor = whole(tensor)
         if RANK == 0:
             tensors[name] = tensor.to("cpu", run.dtype)
     if RANK == 0:
-        try:
-            run.vino.save(path, tensors)
-        except (OSError, SafetensorError) as error:
-            advice = "the last checkpoint has it all: make room, then --resume"
-            raise InputError(f"cannot write {path} ({error}); {advice}") from error
+        run.vino.save(path, tensors)
     say(f"wrote {path}: python sample.py --weights {path}")
     sums(0)  # nobody goes on before the file is there
 
 
 # --- 8. Validation: losses and a picture --------------------------------------------------------------------
 
+VALIDATION, PICTURE_STEPS = 4, 20  # fixed samples of each task, and the sampler's steps for their picture
+
 
 @torch.no_grad()
 def validate(run):
     """Loss of each task on fixed samples with fixed noise, and a picture: references, target, output."""
-    losses, rows = {}, []
-    for task in tqdm(run.source.tasks, desc="validating", unit="task", leave=False, disable=RANK > 0):
-        parts = []
+    losses, rows = dict.fromkeys(run.source.tasks, 0.0), []
+    for task in tqdm(losses, desc="validating", unit="task", leave=False, disable=RANK > 0):
         for number in range(VALIDATION):
             batch = run.source.collate(task, [run.source.draw(task, -1 - number, -1 - number)], run.device)
             batch.key = ("validation", task, number)
-            parts.append(run.objective(batch).item())
+            losses[task] += run.objective(batch).item() / VALIDATION
             if number == 0:
                 output, words = run.objective(batch, picture=True)
-                columns = shown(batch) | {"output": panels(output[0])}
-                rows.append((f"{task}: {words[0]}", columns))
-        losses[task] = sum(parts) / len(parts)
+                rows.append((f"{task}: {words[0]}", shown(batch) | {"output": film_strip(output[0])}))
     run.log({"step": run.step, "validation": losses})
     if RANK == 0:
         contact_sheet(rows, run.out / f"step_{run.step:08d}.png")
 
 
 def shown(batch):
-    """The first sample's references and target for `contact_sheet`: {heading: PIL images}."""
+    """The first sample's references and target for `contact_sheet`: {heading: PIL image}."""
     columns = {}
     for k, reference in enumerate(batch.references, 1):
         heading = "Video 1" if reference.is_video else f"Image {k}"
-        columns[heading] = panels(reference.pixels[0])
-    return columns | {"target": panels(batch.target[0])}
+        columns[heading] = film_strip(reference.pixels[0])
+    return columns | {"target": film_strip(batch.target[0])}
 
 
-def panels(pixels):
-    """[3, T, H, W] in [-1, 1] -> PIL images of the first, the middle and the last frame."""
-    frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
-    return [Image.fromarray(frames[t]) for t in sorted({0, len(frames) // 2, len(frames) - 1})]
+def film_strip(pixels):
+    """[3, T, H, W] in [-1, 1] -> a PIL image: the first, the middle and the last frame side by side."""
+    count = pixels.shape[1]
+    frames = F.pad(pixels[:, sorted({0, count // 2, count - 1})], (0, 2), value=1).unbind(1)
+    strip = ((torch.cat(frames, 2).clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(strip.permute(1, 2, 0).cpu().numpy())
 
 
 def contact_sheet(rows, path):
-    """A picture at `path` of rows (label, {heading: PIL images}); small images are enlarged without blur."""
-    images = [image for _, columns in rows for shown in columns.values() for image in shown]
-    scale = max(1, 96 // max(image.height for image in images))
-    height = scale * max(image.height for image in images) + 34
-    headings = [*dict.fromkeys(heading for _, columns in rows for heading in columns)]
-    headings.sort(key=lambda heading: heading if heading[-1].isdigit() else "~")  # references stand first
-    widths = dict.fromkeys(headings, 72)
-    for _, columns in rows:
-        for heading, shown in columns.items():
-            widths[heading] = max(widths[heading], 12 + sum(image.width * scale + 4 for image in shown))
-    sheet = Image.new("RGB", (sum(widths.values()) + 8, height * len(rows) + 8), "lightsteelblue")
-    draw = ImageDraw.Draw(sheet)
-    for number, (label, columns) in enumerate(rows):
-        top, left = number * height + 4, 8
-        draw.text((left, top), label[: sheet.width // 6], fill="black")
-        for heading, width in widths.items():
-            if heading in columns:
-                draw.text((left, top + 12), heading, fill="dimgray")
-            for position, image in enumerate(columns.get(heading, [])):
-                size = (image.width * scale, image.height * scale)
-                place = (left + position * (size[0] + 4), top + 26)
-                sheet.paste(image.resize(size, Image.NEAREST), place)
-            left += width
+    """A picture at `path` of rows (label, {heading: PIL image}); small images are enlarged without blur."""
+    tallest = max(image.height for _, row in rows for image in row.values())
+    scale = max(1, 96 // tallest)
+    height = scale * tallest + 34
+    headings = dict.fromkeys(heading for _, row in rows for heading in row)
+    columns = []
+    for heading in sorted(headings, key=lambda name: name if name[-1].isdigit() else "~"):  # references first
+        images = {number: row[heading] for number, (_, row) in enumerate(rows) if heading in row}
+        width = max(72, 12 + scale * max(image.width for image in images.values()))
+        column = Image.new("RGB", (width, height * len(rows)), "lightsteelblue")
+        for number, image in images.items():
+            ImageDraw.Draw(column).text((8, height * number + 16), heading, fill="dimgray")
+            column.paste(ImageOps.scale(image, scale, Image.NEAREST), (8, height * number + 30))
+        columns.append(column)
+    sheet = Image.fromarray(np.hstack(columns))
+    for number, (label, _) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((8, height * number + 4), label[: sheet.width // 6], fill="black")
     sheet.save(path)
 
 
@@ -888,42 +794,39 @@ def read_metrics(folder):
 
 def add_common_arguments(parser):
     """What the three stages and toy/pretrain.py share."""
-    add, flag = parser.add_argument, {"action": "store_true"}
-    start = "a .safetensors, a folder of public weights, 'hub' or 'random'"
-    add("--weights", help=f"{start}; by default the export of the stage before, else assets/tiny.safetensors")
+    add = parser.add_argument
+    add("--weights", help="a .safetensors, a folder of public weights, 'hub' or 'random'; by default what "
+        "the stage before has exported, else assets/tiny.safetensors")  # fmt: skip
     add("--config", help="JSON with the fields of the weights' Config to change")
     add("--out", help="folder for all output; by default runs/stageN")
-    add("--resume", **flag, help="continue from the newest complete checkpoint in --out")
+    add("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     add("--seed", type=int, default=0)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; by default bfloat16 on a GPU")
     add("--accumulate", type=int, default=1, help="batches of a process in a step")
-    add("--compile", **flag, help="torch.compile the MMDiT's blocks")
-    add("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
-    add("--keep", type=int, default=3, help="checkpoints to keep (default: %(default)s)")
-    pictures = "steps between validations, with their pictures; 0 is none (default: %(default)s)"
-    add("--validate-every", type=int, default=500, help=pictures)
+    add("--compile", action="store_true", help="torch.compile the MMDiT's blocks")
+    add("--save-every", type=int, default=500, help="steps between checkpoints; by default 500")
+    add("--keep", type=int, default=3, help="checkpoints to keep; by default 3")
+    add("--validate-every", type=int, default=500, help="steps; by default 500, and 0 is never")
 
 
 def parse_arguments(arguments):
     usage, about = "train.py --stage STAGE [options]", __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser("train.py", usage, about, allow_abbrev=False)
-    add, flag = parser.add_argument, {"action": "store_true"}
+    add = parser.add_argument
     add("--stage", required=True, choices=list(STAGES), help="column of table 1")
     add("--data", help="JSON lines, one sample a line; by default the toy world")
     add("--tasks", nargs="+", metavar="TASK", help="of the stage's mixture only these")
-    shards = "under torchrun: copies of everything; gradients and AdamW sharded (the paper's); weights too"
-    add("--shard", choices=["ddp", "zero2", "fsdp"], default="zero2", help=f"{shards} (default: %(default)s)")
-    host = f"keep averages in the host's memory; they follow every {EMA_EVERY} steps"
-    add("--ema-on-host", **flag, help=host)
-    add("--no-queries", **flag, help="ablation: no learnable tokens (figure 8)")
-    add("--no-boundary-tokens", **flag, help="ablation: no tokens between latents (figure 11)")
+    add("--shard", choices=["ddp", "zero2", "fsdp"], default="zero2", help="under torchrun: copies of "
+        "everything; gradients and AdamW sharded (the paper's, and the default); weights too")  # fmt: skip
+    add("--ema-on-host", action="store_true", help="averages in the host's memory, of every 10th step")
+    add("--no-queries", action="store_true", help="ablation: no learnable tokens (figure 8)")
+    add("--no-boundary-tokens", action="store_true", help="ablation: no tokens between latents (figure 11)")
     add_common_arguments(parser)
-    table = parser.add_argument_group("table 1", "changes to the stage's column")
+    add = parser.add_argument_group("table 1", "changes to the stage's column").add_argument
+    add("--checkpointing", action=argparse.BooleanOptionalAction)
     for f in fields(Stage):
         if f.type in (int, float):
-            table.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar="X")
-    table.add_argument("--betas", type=float, nargs=2, metavar="X")
-    table.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
+            add("--" + f.name.replace("_", "-"), type=f.type, metavar="X")
     return parser.parse_args(arguments)
 
 
@@ -942,8 +845,10 @@ def start_device(dtype):
 def prepare(args):
     """The Run that the command line asks for, at its first step or where it was stopped."""
     out = Path(args.out or f"runs/stage{args.stage}")
-    found = find_checkpoint(out, args)
-    weights, device, dtype = choose_weights(args, out, found), *start_device(args.dtype)
+    found, saved = find_checkpoint(out, args.resume)
+    export = out.parent / f"stage{int(args.stage) - 1}" / "final.safetensors"  # of the stage before
+    weights = args.weights or saved.get("weights") or str(export if export.exists() else TINY)
+    device, dtype = start_device(args.dtype)
     path = args.config or (HERE / "tiny_config.json" if weights == "random" else None)
     vino = Vino.load(weights, read_config(path, weights) if path else None, device, dtype)
     if args.no_queries:  # the ablations (3.4) take away what the weights may have
@@ -953,7 +858,8 @@ def prepare(args):
     stage = make_stage(args.stage, vino.config, vars(args))
     seed = f"{args.seed} {args.stage}"
     if args.data:
-        stage.batch = args.batch or 1
+        args.accumulate *= args.batch or 1  # samples of different sizes, one after the other
+        stage.batch = 1
         source = Manifest(args.data, stage, vino.config, seed)
     else:
         from toy.world import ToyWorld  # here: who has data does not need it
@@ -962,41 +868,39 @@ def prepare(args):
             stage.batch = min(stage.batch, 8)  # a step within seconds
         source = ToyWorld(stage, vino.config, seed, vino if device.type == "cuda" else None)
     run = Run(args, out, stage, source, Objective(vino, stage.shift), weights, device, dtype)
-    start(run, found)
+    start(run, found, saved)
     return run
 
 
-def find_checkpoint(out, args):
-    """The newest checkpoint in `out`, to go on from; None where a run begins."""
-    for name in ("accumulate", "save_every", "keep"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} should be at least 1")
-    found = complete_checkpoints(out)[-1:]
-    if found and not args.resume:
+def find_checkpoint(out, resume):
+    """The newest checkpoint in `out` and its `state.json`; None and {} where a run begins."""
+    found = complete_checkpoints(out)
+    if not found:
+        return None, {}
+    if not resume:
         raise InputError(f"{out} holds a run: continue it with --resume, or choose another --out")
-    if args.resume and not found:
-        say(f"--resume: {out} has no checkpoint, so this run begins anew")
-    return found[0] if found else None
+    saved = read_json(found[-1] / "state.json")
+    if not isinstance(saved, dict) or "identity" not in saved:
+        raise InputError(f"{found[-1] / 'state.json'} is not a checkpoint's; remove {found[-1].name}")
+    return found[-1], saved
 
 
-def choose_weights(args, out, found):
-    """--weights; else what the run that goes on has begun with; else the export of the stage before, beside
-    `out`; else the tiny weights."""
-    if args.weights or found:
-        return args.weights or read_state(found)["weights"]
-    export = out.parent / f"stage{int(args.stage) - 1}" / "final.safetensors"
-    return str(export if export.exists() else TINY)
-
-
-def start(run, found):
+def start(run, found, saved):
     """Say what the run does and from where, restore it, and drop the records after its checkpoint."""
     tasks = ", ".join(run.source.tasks)
+    if not tasks:
+        known = ", ".join(run.stage.mixture)
+        raise InputError(f"{run.args.data or 'the mixture'} has no sample of this stage's tasks: {known}")
     say(f"stage {run.args.stage} on {WORLD} x {run.device.type}: {tasks}; {run.step_size} sample(s) a step")
-    say(f"from {found}" if found else f"from {run.weights} (--weights chooses others)")
+    say(f"from {found or f'{run.weights} (--weights chooses others)'}")
     if run.stage.warmup + run.stage.cooldown > run.stage.steps:
         say(f"the learning rate stays below {run.stage.lr}: --warmup and --cooldown are longer than the run")
     if found:
-        restore(run, found)
+        try:
+            restore(run, found, saved)
+        except (AttributeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            advice = "if it is damaged, remove it, and --resume takes the one before"
+            raise InputError(f"cannot read {found}: {one_line(error)}; {advice}") from error
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, run.on_signal)
     if RANK == 0:
@@ -1007,22 +911,17 @@ def start(run, found):
         partial.replace(run.out / "metrics.jsonl")
 
 
-def guarded(function, args):
-    """Call a function of the command line -> exit status. What the user got wrong is one line."""
+def main(arguments=None, parse=parse_arguments, work=lambda args: train(prepare(args))):
+    """Run the command line `arguments` -> exit status. What the user got wrong is one line."""
+    args = parse(arguments)
     try:
-        return function(args)
-    except (InputError, OSError) as error:  # OSError: a full disk, at any file but a checkpoint's
-        advice = "" if isinstance(error, InputError) else "; older checkpoints stay: continue with --resume"
-        print(f"train.py: {error}{advice}", file=sys.stderr)
+        return work(args)
+    except (InputError, OSError, SafetensorError) as error:  # the last two: a full disk
+        print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def main(arguments=None):
-    """Run the command line `arguments` -> exit status."""
-    return guarded(lambda args: train(prepare(args)), parse_arguments(arguments))
 
 
 if __name__ == "__main__":

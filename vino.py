@@ -23,7 +23,6 @@ t, h, w count patches.
 
 import json
 import math
-import pickle
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -39,7 +38,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -125,57 +124,50 @@ class Prompts:
 def build_prompts(tokenizer, texts, references, merge, system=SYSTEM_PROMPT):
     """Figure 4 for each of B texts: system line, images, video, the user's text.
 
-    Args:
-        references: objects with `grid`, (t, h, w) in patches, and `is_video`; images before the one video.
-        merge: the VLM's spatial_merge_size: merge x merge patches make one token.
+    A reference has `grid`, (t, h, w) in patches, and `is_video`; images stand before the one video.
+    `merge` is the VLM's spatial_merge_size: merge x merge patches make one token.
     """
-    tokenizer.encode_special_tokens = True  # special tokens spelled in user text are encoded as plain text
     ids, positions, starts, ends = [], [], [], []  # of what all prompts share
 
-    def special(name):
-        return [tokenizer.token_to_id(f"<|{name}|>")]
-
-    def words(text):
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    def append(tokens):
+    def append(text):
+        tokens = tokenizer.encode(text, add_special_tokens=False).ids
         begin = 1 + max(positions[-1]) if positions else 0
         ids.extend(tokens)
         positions.extend((place, place, place) for place in range(begin, begin + len(tokens)))
 
-    append(special("im_start") + words(f"system\n{system}") + special("im_end") + words("\n"))
-    append(special("im_start"))
+    tokenizer.encode_special_tokens = False  # <|...|> is one token
+    append(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>")
     pending = "user\n"  # tokenised with the text that follows: a token may cross the border
     for number, reference in enumerate(references, 1):
         t, h, w = reference.grid[0], reference.grid[1] // merge, reference.grid[2] // merge
+        pad = tokenizer.token_to_id("<|video_pad|>" if reference.is_video else "<|image_pad|>")
         pending += "Video 1: " if reference.is_video else f"Image {number}: "
         for pair in range(t):  # two frames of a video each; an image is one
             if reference.is_video:  # their mean timestamp at an assumed 24 frames a second
                 pending += f"<{(2 * pair + 0.5) / 24:.1f} seconds>"
-            append(words(pending))
+            append(pending + "<|vision_start|>")
             pending = ""
             if pair == 0:
-                starts.append(len(ids))
-            append(special("vision_start"))
+                starts.append(len(ids) - 1)
             begin = 1 + max(positions[-1])
-            ids.extend(special("video_pad" if reference.is_video else "image_pad") * (h * w))
+            ids.extend([pad] * (h * w))
             positions.extend((begin, begin + row, begin + column) for row in range(h) for column in range(w))
-            append(special("vision_end"))
+            append("<|vision_end|>")
         ends.append(len(ids) - 1)
+    closing = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).ids
 
-    closing = special("im_end") + words("\n") + special("im_start") + words("assistant\n")
+    tokenizer.encode_special_tokens = True  # spelled in a user's text, <|...|> is plain text
     encodings = tokenizer.encode_batch([pending + text for text in texts], add_special_tokens=False)
-    own = [encoding.ids + closing for encoding in encodings]
-    longest = max(map(len, own))
-    places = torch.arange(longest) - torch.tensor([[longest - len(row)] for row in own])  # below 0: padding
-    own_positions = (1 + max(positions[-1]) + places.clamp(min=0)).expand(3, -1, -1)
-    positions = torch.tensor(positions).T[:, None].expand(-1, len(own), -1)
-    own_ids = torch.tensor([special("endoftext") * (longest - len(row)) + row for row in own])
-    ids = torch.tensor(ids).expand(len(own), -1)
-    mask = None
-    if (places < 0).any():
-        mask = F.pad(places >= 0, (ids.shape[1], 0), value=True)
-    ids, positions = torch.cat([ids, own_ids], 1), torch.cat([positions, own_positions], 2)
+    tails = [torch.tensor(encoding.ids + closing) for encoding in encodings]
+    left_padded = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    valid = left_padded([torch.ones_like(tail, dtype=torch.bool) for tail in tails])  # [B, tail]
+    tails = left_padded(tails, padding_value=tokenizer.token_to_id("<|endoftext|>"))
+    mask = None if valid.all() else F.pad(valid, (len(ids), 0), value=True)
+    tail_positions = 1 + max(positions[-1]) + (valid.cumsum(1) - 1).clamp(min=0)
+    ids = torch.tensor(ids).expand(len(texts), -1)
+    positions = torch.tensor(positions).T[:, None].expand(-1, len(texts), -1)
+    ids = torch.cat([ids, tails], 1)
+    positions = torch.cat([positions, tail_positions.expand(3, -1, -1)], 2)
     return Prompts(ids, positions, mask, starts, ends)
 
 
@@ -184,19 +176,9 @@ class EncodedReference:
     """A reference after both encoders: independent of the prompt, so all guidance branches share it."""
 
     latents: Tensor  # [B, C, T, H, W], scaled
-    features: Tensor  # [B, t*h*w / 4, D] of the VLM
-    deepstack: list  # same shape; one entry for each early layer of the language model that adds them
+    features: list  # [B, t*h*w / 4, D]: the VLM's input, then what each of its first layers adds (deepstack)
     grid: tuple  # (t, h, w) in patches
     is_video: bool
-
-
-@dataclass
-class LatentBlock:
-    """A reference in the MMDiT: its latents between the two tokens that wrap it in the VLM (2.2)."""
-
-    latents: Tensor  # [B, C, T, H, W]
-    start: Tensor | None  # [B, D], projected; None in the ablation of figure 11
-    end: Tensor | None
 
 
 @dataclass
@@ -205,20 +187,16 @@ class Condition:
 
     tokens: Tensor  # [B, L, text_embed_dim]: prompt, then learnable queries
     mask: Tensor | None  # [B, L], True where valid; None where nothing is padded
-    references: list  # LatentBlocks, in the prompt's order
+    # For each reference, in order: (start, latents, end). The latents [B, C, T, H, W] stand between
+    # the projected boundary tokens [B, D] (2.2), which are None in the ablation of figure 11.
+    references: list
 
 
-class Connector(nn.Module):
+def connector(in_dim, out_dim):
     """Two-layer MLP from the VLM's hidden states to the MMDiT (2.1), behind the release's norm."""
-
-    def __init__(self, in_dim, out_dim):
-        super().__init__()
-        hidden = 4 * out_dim
-        self.norm_qwen = nn.RMSNorm(in_dim, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, out_dim))
-
-    def forward(self, hidden):  # [..., in_dim] -> [..., out_dim]
-        return self.mlp(self.norm_qwen(hidden))
+    hidden = 4 * out_dim
+    mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, out_dim))
+    return chain(norm_qwen=nn.RMSNorm(in_dim, eps=1e-6), mlp=mlp)
 
 
 class MultiModalEncoder(nn.Module):
@@ -237,32 +215,24 @@ class MultiModalEncoder(nn.Module):
         self.mm_encoder = build_vlm(config).requires_grad_(False)
         # The learnable queries: the paper's learnable tokens.
         self.metaquery = nn.Parameter(torch.randn(config.num_queries, width) / math.sqrt(width))
-        self.connector = Connector(width, config.mmdit.text_embed_dim)
-        self.connector_vae_branch = Connector(width, config.mmdit.width)
+        self.connector = connector(width, config.mmdit.text_embed_dim)
+        self.connector_vae_branch = connector(width, config.mmdit.width)
 
     def forward(self, prompts, references, vae_branch=True):
-        """The MMDiT's condition.
+        """The MMDiT's condition for B prompts about EncodedReferences, images before the video.
 
         A boundary token is the VLM's penultimate hidden state at <|vision_start|> or <|vision_end|> (2.2;
-        figure 5: "projected from the VLM output"), and not the token's input embedding.
-
-        Args:
-            prompts: B texts.
-            references: EncodedReferences of batch size B or 1, images before the video.
-            vae_branch: False shows the references to the VLM only (image reconstruction, appendix B).
+        figure 5: "projected from the VLM output"), and not the token's input embedding. Without `vae_branch`
+        only the VLM sees the references (image reconstruction, appendix B).
         """
         hidden, mask, starts, ends = self.hidden_states(prompts, references)
         hidden = hidden.to(self.connector.mlp[0].weight.dtype)
-        blocks = []
+        wrapped = []
         for reference, start, end in zip(references if vae_branch else [], starts, ends):
-            if self.boundary_tokens:
-                start = self.connector_vae_branch(hidden[:, start])  # [B, D]
-                end = self.connector_vae_branch(hidden[:, end])
-            else:
-                start, end = None, None
-            latents = reference.latents.expand(len(prompts), -1, -1, -1, -1)
-            blocks.append(LatentBlock(latents, start, end))
-        return Condition(self.connector(hidden), mask, blocks)
+            start = self.connector_vae_branch(hidden[:, start]) if self.boundary_tokens else None  # [B, D]
+            end = self.connector_vae_branch(hidden[:, end]) if self.boundary_tokens else None
+            wrapped.append((start, reference.latents.expand(len(prompts), -1, -1, -1, -1), end))
+        return Condition(self.connector(hidden), mask, wrapped)
 
     def hidden_states(self, prompts, references):
         """The VLM's penultimate hidden states of the prompts and of the learnable queries that follow (2.1).
@@ -271,8 +241,7 @@ class MultiModalEncoder(nn.Module):
         to it, with gradient. Attention is causal, so this equals a single pass, but keeps no activations of
         the prompt for the backward pass.
 
-        Returns: hidden [B, L, D], mask [B, L] or None, and the indices of the references' boundary tokens,
-            starts and ends, of each reference.
+        Returns: hidden [B, L, D], mask [B, L] or None, and Prompts' starts and ends.
         """
         prompts = build_prompts(self.tokenizer, prompts, references, self.merge)
         cache = DynamicCache()
@@ -289,30 +258,25 @@ class MultiModalEncoder(nn.Module):
         return hidden, mask, prompts.starts, prompts.ends
 
     def prefill(self, prompts, references, cache):
-        """Run Prompts and their references' features through the language model, and fill `cache` with their
-        keys and values -> last and penultimate hidden states, both [B, L, D]."""
+        """Run Prompts with their references' features through the language model, and fill `cache` ->
+        last and penultimate hidden states, both [B, L, D]."""
         ids = prompts.ids.to(self.metaquery.device, non_blocking=True)
         embeds = self.mm_encoder.get_input_embeddings()(ids)  # [B, L, D]
         visual_mask, deepstack = None, None
         if references:
-            names = ("<|image_pad|>", "<|video_pad|>")
-            visual_mask = torch.isin(
-                prompts.ids, torch.tensor([self.tokenizer.token_to_id(n) for n in names])
-            )
-            visual_mask = visual_mask.to(ids.device)
-            layers = zip(*[[reference.features, *reference.deepstack] for reference in references])
+            image, video = (self.tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video"))
+            visual_mask = (ids == image) | (ids == video)
             features, *deepstack = [
-                torch.cat([part.expand(len(ids), -1, -1) for part in layer], 1).flatten(0, 1)
-                for layer in layers  # in the order of their placeholders: [B * tokens, D]
+                torch.cat([part.expand(len(ids), -1, -1) for part in layer], 1).flatten(0, 1)  # [B * n, D]
+                for layer in zip(*[reference.features for reference in references])
             ]
             embeds = embeds.masked_scatter(visual_mask[..., None], features.to(embeds.dtype))
         return self.language(embeds, prompts.positions, prompts.mask, cache, visual_mask, deepstack)
 
     def language(self, embeds, positions, mask, cache, visual_mask=None, deepstack=None):
-        """Run the language model on `embeds`, after what is in `cache` -> last and penultimate hidden states.
-
-        Args: embeds [B, L, D]; positions [3, B, L]; mask [B, all tokens so far]; visual_mask [B, L], True at
-        the tokens that get the deepstack features, each [tokens, D], in the first layers."""
+        """Run the language model on embeds [B, L, D] after what is in `cache` -> last and penultimate hidden
+        states. `mask` covers all tokens so far; where `visual_mask` [B, L] is True the first layers add the
+        deepstack features, each [tokens, D]."""
         positions = positions.to(embeds.device)
         mask = None if mask is None else mask.to(embeds.device, torch.long)
         with sdpa_kernel(ANY_LENGTH):  # prompts differ in length
@@ -324,7 +288,7 @@ class MultiModalEncoder(nn.Module):
         return output.last_hidden_state, output.hidden_states[-2]
 
     def encode_vision(self, reference):
-        """The vision tower on a Reference: features [B, n, D], and the same for each deepstack layer."""
+        """The vision tower on a Reference: the features of an EncodedReference."""
         vision = self.mm_encoder.model.visual
         batch = len(reference.patches)
         patches = reference.patches.flatten(0, 1).to(self.metaquery.device, vision.dtype)
@@ -333,7 +297,7 @@ class MultiModalEncoder(nn.Module):
             features, deepstack = output
         else:
             features, deepstack = output.pooler_output, output.deepstack_features
-        return features.unflatten(0, (batch, -1)), [layer.unflatten(0, (batch, -1)) for layer in deepstack]
+        return [layer.unflatten(0, (batch, -1)) for layer in (features, *deepstack)]
 
     @torch.no_grad()
     def answer(self, prompts, references=(), system=SYSTEM_PROMPT, max_new_tokens=256):
@@ -363,9 +327,9 @@ def build_vlm(config):
         del vision[ours]
     rope = {"rope_type": "default", "mrope_section": text.pop("mrope_section"), "mrope_interleaved": True}
     text["rope_scaling"] = rope  # transformers 5 calls it rope_parameters, and still takes the old name
-    tie = text["tie_word_embeddings"]
-    both = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie)
-    return Qwen3VLForConditionalGeneration(both).eval()
+    tie = config.text.tie_word_embeddings
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie)
+    return Qwen3VLForConditionalGeneration(config).eval()
 
 
 # --- 2. Interleaved omnimodal context (2.2, figure 5): references, boundary tokens and target on one timeline
@@ -379,11 +343,9 @@ def pack(references, target):
     frames, and its height and width start at 0. The target follows the last reference.
 
     Args:
-        references: (start, patches, end) of each, in the prompt's order: boundary tokens [B, D] or None, and
-            patch embeddings [B, D, T, H, W].
-        target: patch embeddings [B, D, T, H, W].
-    Returns:
-        tokens [B, L, D], the target's last, and positions [L, 3] in time, height and width.
+        references: (start, patches, end) of each: boundary tokens [B, D] or None, patches [B, D, T, H, W].
+        target: patches [B, D, T, H, W].
+    Returns: tokens [B, L, D], the target's last, and positions [L, 3] in time, height and width.
     """
     pieces = []
     for start, patches, end in references:
@@ -403,10 +365,8 @@ def pack(references, target):
 
 
 def rope_3d(positions, axes_dim, theta):
-    """RoPE's cosines and sines: angles position * theta**(-2i / d), where each axis gets d of the channels.
-
-    Args: positions [L, 3]; axes_dim: three even numbers that add up to the head's size.
-    Returns: cosines [L, 1, head / 2, 1], and sines [L, 1, head / 2, 2] with the signs of a rotation."""
+    """RoPE at positions [L, 3]: angles position * theta**(-2i / d), where each axis gets d of the channels.
+    -> cosines [L, 1, head / 2, 1], and sines [L, 1, head / 2, 2] with the signs of a rotation."""
     angles = []
     for position, dim in zip(positions.unbind(-1), axes_dim, strict=True):
         frequencies = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
@@ -450,9 +410,8 @@ class MMDiTConfig:
 
 
 def attend(q, k, v, rope=None, mask=None):
-    """Softmax attention of rotated queries and keys: q, k, v [B, L, heads, head] -> [B, L, D].
-
-    `mask` [B, L] is True where a key may be seen; None where nothing is padded, which is faster."""
+    """Softmax attention of rotated queries and keys: q, k, v [B, L, heads, head] -> [B, L, D]. `mask` [B, L]
+    is True where a key may be seen; None where nothing is padded, which is faster."""
     if rope is not None:
         q = apply_rope(q, rope)
         k = apply_rope(k, rope)
@@ -653,23 +612,17 @@ class MMDiT(nn.Module):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
     def forward(self, latents, t, condition, group=None):
-        """Velocity (noise - data) of the noisy target under one condition.
-
-        Args:
-            latents: [B, C, T, H, W], the target at time t [B] in [0, 1], 1 = noise.
-            condition: a Condition of batch size B.
-            group: a SequenceParallel of processes that share the tokens.
-        Returns: [B, C, T, H, W].
-        """
+        """Velocity (noise - data) of the target's latents [B, C, T, H, W] at times t [B], where 1 is noise,
+        under a Condition. `group` is a SequenceParallel of processes that share the tokens."""
         dtype = self.proj_out.weight.dtype
         timestep = 999 * t  # as the release scales it
         target = self.x_embedder(latents.to(dtype))  # [B, D, t, h, w]
-        references = [(r.start, self.x_embedder(r.latents.to(dtype)), r.end) for r in condition.references]
+        references = [(start, self.x_embedder(z.to(dtype)), end) for start, z, end in condition.references]
         x, positions = pack(references, target)  # [B, Lv, D], [Lv, 3]
         text = self.context_embedder(condition.tokens.to(dtype), condition.mask, timestep)  # [B, Lt, D]
         embed = self.time_text_embed
-        guidance = torch.full_like(timestep, 1000.0)  # the release feeds the base model's guidance a constant
         embedding = embed.timestep_embedder(sinusoid(timestep, dtype))  # [B, D]
+        guidance = torch.full_like(timestep, 1000.0)  # the release feeds the base model's guidance a constant
         embedding = embedding + embed.guidance_embedder(sinusoid(guidance, dtype))
 
         visual = x.shape[1]
@@ -695,11 +648,9 @@ class MMDiT(nn.Module):
         if group:
             x = group.gather(x, visual)
         grid = target.shape[2:]
-        return self.unpatchify(x[:, -math.prod(grid) :], grid)
-
-    def unpatchify(self, x, grid):  # [B, t*h*w, C * patch] -> [B, C, T, H, W]
-        x = x.unflatten(-1, (-1, *self.patch)).unflatten(1, grid)  # [B, t, h, w, C, pt, ph, pw]
-        return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
+        x = x[:, -math.prod(grid) :].unflatten(-1, (-1, *self.patch)).unflatten(1, grid)
+        x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # [B, C, t, pt, h, ph, w, pw]
+        return x.flatten(6).flatten(4, 5).flatten(2, 3)
 
 
 def compiled(forward):
@@ -728,17 +679,11 @@ class VAEConfig:
     untiled_area: int = 2**19  # frames of up to this many pixels are not tiled in space
 
 
-class CausalConv3d(nn.Module):
+def causal_conv(in_channels, out_channels, kernel=3, stride=1):
     """3D convolution with replicate padding: on both sides in space, only before the first frame in time."""
-
-    def __init__(self, in_channels, out_channels, kernel=3, stride=1):
-        super().__init__()
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
-        side = (kernel - 1) // 2
-        self.padding = (side, side, side, side, kernel - 1, 0)  # width, height, time
-
-    def forward(self, x):
-        return self.conv(F.pad(x, self.padding, mode="replicate"))
+    side = (kernel - 1) // 2
+    pad = nn.ReplicationPad3d((side, side, side, side, kernel - 1, 0))  # width, height, time
+    return chain(pad=pad, conv=nn.Conv3d(in_channels, out_channels, kernel, stride))
 
 
 class Resnet(nn.Module):
@@ -747,18 +692,16 @@ class Resnet(nn.Module):
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.conv1 = causal_conv(in_channels, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.conv2 = CausalConv3d(out_channels, out_channels)
-        if in_channels != out_channels:
-            self.conv_shortcut = CausalConv3d(in_channels, out_channels, kernel=1)
+        self.conv2 = causal_conv(out_channels, out_channels)
+        same = in_channels == out_channels
+        self.conv_shortcut = nn.Identity() if same else causal_conv(in_channels, out_channels, kernel=1)
 
     def forward(self, x):
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
-        if hasattr(self, "conv_shortcut"):
-            x = self.conv_shortcut(x)
-        return x + hidden
+        return self.conv_shortcut(x) + hidden
 
 
 class FrameAttention(nn.Module):
@@ -771,20 +714,14 @@ class FrameAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x):  # [B, C, T, H, W]
-        tokens = self.group_norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3)  # [B, T, H*W, C]
-        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        frames = []
-        for t in range(x.shape[2]):  # frame by frame: avoids a mask with quadratic memory
-            past = slice(0, t + 1)
-            keys = k[:, None, past].flatten(2, 3)  # [B, 1 head, frames * H*W, C]
-            values = v[:, None, past].flatten(2, 3)
-            frames.append(F.scaled_dot_product_attention(q[:, None, t], keys, values))
-        attended = self.to_out(torch.cat(frames, 1))  # [B, T, H*W, C]
-        return x + attended.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3)
-
-
-def downsample(channels, factor):
-    return chain(conv=CausalConv3d(channels, channels, stride=factor))
+        tokens = self.group_norm(x).flatten(3).permute(0, 2, 3, 1)  # [B, T, H*W, C]
+        layers = (self.to_q, self.to_k, self.to_v)
+        q, k, v = (layer(tokens).flatten(1, 2)[:, :, None] for layer in layers)  # [B, T*H*W, 1 head, C]
+        frame = x.shape[3] * x.shape[4]
+        ends = range(frame, q.shape[1] + 1, frame)
+        # Frame by frame: avoids a mask with quadratic memory.
+        frames = [attend(q[:, end - frame : end], k[:, :end], v[:, :end]) for end in ends]
+        return x + self.to_out(torch.cat(frames, 1)).mT.unflatten(2, x.shape[2:])
 
 
 class Upsample(nn.Module):
@@ -793,16 +730,11 @@ class Upsample(nn.Module):
     def __init__(self, channels, factor):
         super().__init__()
         self.factor = factor
-        self.conv = CausalConv3d(channels, channels)
+        self.conv = causal_conv(channels, channels)
 
     def forward(self, x):
         repeated = F.interpolate(x, scale_factor=self.factor)
         return self.conv(repeated[:, :, self.factor[0] - 1 :])
-
-
-def resnets(in_channels, out_channels, layers, groups):
-    widths = [in_channels] + [out_channels] * layers
-    return nn.Sequential(*[Resnet(a, b, groups) for a, b in pairwise(widths)])
 
 
 class MidBlock(nn.Module):
@@ -811,7 +743,7 @@ class MidBlock(nn.Module):
     def __init__(self, channels, groups):
         super().__init__()
         self.attentions = nn.ModuleList([FrameAttention(channels, groups)])
-        self.resnets = resnets(channels, channels, 2, groups)
+        self.resnets = nn.ModuleList([Resnet(channels, channels, groups) for _ in range(2)])
 
     def forward(self, x):
         x = self.resnets[0](x)
@@ -819,97 +751,84 @@ class MidBlock(nn.Module):
         return self.resnets[1](x)
 
 
-def levels(widths, layers, config, name, resample):
-    """The levels of encoder or decoder: resnets. All but the last also resample, under the public `name`:
-    always in space, and in the last two in time."""
+def levels(widths, layers, groups, up):
+    """The levels of the encoder or, with `up`, of the decoder. All but the last end with a change of size:
+    always in space, in the last two in time as well."""
     blocks = []
-    for i, width in enumerate(widths):
-        parts = {"resnets": resnets(widths[max(i - 1, 0)], width, layers, config.norm_num_groups)}
-        if i < len(widths) - 1:
-            factor = (2 if i >= len(widths) - 3 else 1, 2, 2)  # time, height, width
-            parts[name] = nn.Sequential(resample(width, factor))
+    for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
+        resnets = [Resnet(before, width, groups)] + [Resnet(width, width, groups) for _ in range(layers - 1)]
+        parts = {"resnets": nn.Sequential(*resnets)}
+        factor = (2 if i >= len(widths) - 3 else 1, 2, 2)  # time, height, width
+        if up and i < len(widths) - 1:
+            parts["upsamplers"] = nn.Sequential(Upsample(width, factor))
+        elif i < len(widths) - 1:
+            parts["downsamplers"] = nn.Sequential(chain(conv=causal_conv(width, width, stride=factor)))
         blocks.append(chain(**parts))
     return nn.Sequential(*blocks)
 
 
-def output_layers(width, channels, groups):
-    """What ends encoder and decoder."""
-    norm = nn.GroupNorm(groups, width, eps=1e-6)
-    return {"conv_norm_out": norm, "silu": nn.SiLU(), "conv_out": CausalConv3d(width, channels)}
+def tiled(function, x, dim, sizes, ratio, lead=0):
+    """Apply `function` to overlapping tiles of x along `dim` and blend where they overlap.
 
-
-def build_encoder(config):
-    """Pixels [B, 3, T, H, W] -> mean and log-variance of the posterior, [B, 2C, (T-1)/4 + 1, H/8, W/8]."""
-    widths, groups = config.block_out_channels, config.norm_num_groups
-    return chain(
-        conv_in=CausalConv3d(3, widths[0]),
-        down_blocks=levels(widths, config.layers_per_block, config, "downsamplers", downsample),
-        mid_block=MidBlock(widths[-1], groups),
-        **output_layers(widths[-1], 2 * config.latent_channels, groups),
-    )
-
-
-def build_decoder(config):
-    """Latents [B, C, T, H, W] -> pixels [B, 3, 4(T-1) + 1, 8H, 8W]."""
-    widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-    return chain(
-        conv_in=CausalConv3d(config.latent_channels, widths[0]),
-        mid_block=MidBlock(widths[0], groups),
-        up_blocks=levels(widths, config.layers_per_block + 1, config, "upsamplers", Upsample),
-        **output_layers(widths[-1], 3, groups),
-    )
-
-
-def tiled(function, x, dim, tile, stride, ratio, lead=0):
-    """Apply `function` to overlapping tiles of x along `dim` and blend where they overlap. A tile begins
-    every `stride`, is `tile` + `lead` long, and all but the first drop the first `lead` of their output.
-
-    Args:
-        tile, stride: in units of x. ratio: the output's length over the input's.
-        lead: 1 along time, where a tile's first frame has no past.
+    The result is `ratio` times as long as x. A tile of `sizes` (length, stride), in frames or pixels, begins
+    every stride. `lead` is 1 along time, where a tile's first frame has no past: tiles are longer by that
+    frame, and all but the first drop its output.
     """
+    tile, stride = (int(size / max(ratio, 1)) for size in sizes)  # of x: latents are fewer than pixels
     length = x.shape[dim]
     if length <= tile:
         return function(x)
     step, overlap = int(stride * ratio), int((tile - stride) * ratio)
     result, previous = [], None
     for begin in range(0, length - lead, stride):
-        output = function(x.narrow(dim, begin, min(tile + lead, length - begin)))
-        first, output = output.split([lead, output.shape[dim] - lead], dim)
+        output = function(x.narrow(dim, begin, min(tile + lead, length - begin))).movedim(dim, 0)
+        first, output = output[:lead], output[lead:]
         if previous is None:
             result.append(first)
         else:
-            blend = min(overlap, output.shape[dim], previous.shape[dim] - step)
+            blend = min(overlap, len(output), len(previous) - step)
             weight = (torch.arange(blend, device=x.device) / blend).to(output.dtype)
-            weight = weight.view([-1 if d == dim else 1 for d in range(x.dim())])
-            head, rest = output.split([blend, output.shape[dim] - blend], dim)
-            output = torch.cat([previous.narrow(dim, step, blend) * (1 - weight) + head * weight, rest], dim)
-        result.append(output.narrow(dim, 0, min(step, output.shape[dim])))
+            weight = weight.view(-1, *[1] * (x.dim() - 1))
+            blended = previous[step : step + blend] * (1 - weight) + output[:blend] * weight
+            output = torch.cat([blended, output[blend:]])
+        result.append(output[:step])
         previous = output
-    return torch.cat(result, dim)
+    return torch.cat(result).movedim(0, dim)
 
 
 class VAE(nn.Module):
-    """Pixels [B, 3, 4(T-1)+1, 8H, 8W] in [-1, 1] <-> scaled latents [B, C, T, H, W]."""
+    """Pixels [B, 3, 4(T-1) + 1, 8H, 8W] in [-1, 1] <-> scaled latents [B, C, T, H, W]."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = build_encoder(config)
-        self.decoder = build_decoder(config)
+        widths, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
+        self.encoder = chain(
+            conv_in=causal_conv(3, widths[0]),
+            down_blocks=levels(widths, layers, groups, up=False),
+            mid_block=MidBlock(widths[-1], groups),
+            conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6),
+            silu=nn.SiLU(),
+            conv_out=causal_conv(widths[-1], 2 * config.latent_channels),
+        )
+        self.decoder = chain(
+            conv_in=causal_conv(config.latent_channels, widths[-1]),
+            mid_block=MidBlock(widths[-1], groups),
+            up_blocks=levels(widths[::-1], layers + 1, groups, up=True),
+            conv_norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6),
+            silu=nn.SiLU(),
+            conv_out=causal_conv(widths[0], 3),
+        )
         self.quant_conv = nn.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv3d(config.latent_channels, config.latent_channels, 1)
 
     def in_tiles(self, function, x, space, time):
         """Apply `function` to x in tiles: in time always, as the public model does; in space only where
-        frames are large. `space` and `time` are how much longer the result is than x. The config counts
-        pixels and frames, of which the decoder's x, latents, has fewer."""
-        frames = [int(n / max(time, 1)) for n in self.config.tile_frames]
-        sides = [int(n / max(space, 1)) for n in self.config.tile_pixels]
+        frames are large. `space` and `time` are how much longer the result is than x."""
         if x.shape[3] * x.shape[4] * max(space, 1) ** 2 > self.config.untiled_area:
-            in_columns = partial(tiled, function, dim=4, tile=sides[0], stride=sides[1], ratio=space)
-            function = partial(tiled, in_columns, dim=3, tile=sides[0], stride=sides[1], ratio=space)
-        return tiled(function, x, 2, *frames, time, lead=1)
+            for dim in (4, 3):
+                function = partial(tiled, function, dim=dim, sizes=self.config.tile_pixels, ratio=space)
+        return tiled(function, x, 2, self.config.tile_frames, time, lead=1)
 
     def moments(self, pixels):
         """The posterior's mean and log-variance, each [B, C, T, H, W], not scaled."""
@@ -937,9 +856,7 @@ def shift_time(u, shift):
 
 def flow_loss(velocity, data, noise, u, shift):
     """Rectified flow: on the straight line x_t = (1 - t) data + t noise the velocity is noise - data.
-
-    Args: velocity, the function of (x_t, t) that predicts it; data, noise [B, C, T, H, W]; u [B], uniform in
-    [0, 1]. Returns the squared error of each sample, [B]."""
+    -> the squared error [B] of velocity(x_t, t), for data and noise [B, C, T, H, W] and uniform u [B]."""
     t = shift_time(u, shift)
     weight = t.view(-1, 1, 1, 1, 1)
     x_t = (1 - weight) * data + weight * noise
@@ -958,18 +875,12 @@ def guidance_weights(cfg_text, cfg_image):
     return {"full": cfg_text, "text_dropped": cfg_image - cfg_text, "image_dropped": 1 - cfg_image}
 
 
-def time_steps(steps, shift):
-    """Descending times [steps], starting at 1, and step sizes [steps]; the last step ends at 0."""
-    times = shift_time(torch.linspace(1, 0, steps + 1), shift)
-    return times[:-1], times[:-1] - times[1:]
-
-
 def sample(velocity, noise, steps, shift, progress=False):
     """Euler's method from noise to data, in float32. `velocity` is a function of (x, t [B])."""
     x = noise.float()
-    times, differences = time_steps(steps, shift)
-    for t, dt in zip(tqdm(times, desc="denoising", unit="step", disable=not progress), differences):
-        x = x - dt.to(x) * velocity(x, t.to(x).expand(len(x))).float()
+    times = shift_time(torch.linspace(1, 0, steps + 1), shift)
+    for t, next_t in tqdm(pairwise(times), "denoising", steps, unit="step", disable=not progress):
+        x = x - (t - next_t).to(x) * velocity(x, t.to(x).expand(len(x))).float()
     return x
 
 
@@ -1048,13 +959,9 @@ class Vino(nn.Module):
     @torch.no_grad()
     def encode(self, reference):
         """Both encoders on a Reference (2.2) -> EncodedReference."""
-        features, deepstack = self.mm_encoder.encode_vision(reference)
-        latents = self.vae.encode(reference.pixels.to(features.device))
-        return EncodedReference(latents, features, deepstack, reference.grid, reference.is_video)
-
-    def velocity(self, latents, t, condition):
-        """Predicted noise - data, [B, C, T, H, W], at times t [B]."""
-        return self.transformer(latents, t, condition)
+        features = self.mm_encoder.encode_vision(reference)
+        latents = self.vae.encode(reference.pixels.to(features[0].device))
+        return EncodedReference(latents, features, reference.grid, reference.is_video)
 
     def answer(self, questions, images=(), video=None):
         """The frozen VLM's answers to B questions about References (C.1, table 9)."""
@@ -1079,11 +986,8 @@ class Vino(nn.Module):
     def branches(self, prompts, negatives, references, base, cfg_text, cfg_image):
         """The guidance branches of non-zero weight (appendix B): {name: (weight, Condition)}.
 
-        Args:
-            prompts, negatives: lists of B texts; a negative prompt replaces a dropped one.
-            references: EncodedReferences. "text_dropped" keeps all of them. "image_dropped" drops the text,
-                too, and keeps the video and, with `base`, the last image, the one being edited; without any
-                other image there is no image guidance.
+        "text_dropped" has negative prompts and all references. "image_dropped" has negative prompts, the
+        video and, with `base`, the last image, the one being edited; no other image, no image guidance.
         """
         images = [reference for reference in references if not reference.is_video]
         dropped = images[:-1] if base else images
@@ -1104,8 +1008,7 @@ class Vino(nn.Module):
         """Make an image or a video for each prompt.
 
         Args:
-            prompts: B texts; `images` (References, in order) and `video` (a Reference) are named in them as
-                Image 1, Image 2, ..., Video 1. References have batch size B or 1.
+            prompts: B texts, which name the References `images` and `video` Image 1, Image 2, ..., Video 1.
             size: (frames, height, width) of the result: 4k + 1, and multiples of 16.
             base: the last image is the one being edited, the others are references for the edit.
             steps, shift, cfg_text, cfg_image, negative_prompt: by default the config's, for image or video.
@@ -1115,15 +1018,12 @@ class Vino(nn.Module):
         """
         defaults = self.config.sampling
         kind = 0 if size[0] == 1 else 1
+        shift = defaults.shift[kind] if shift is None else shift
+        cfg_text = defaults.cfg_text[kind] if cfg_text is None else cfg_text
+        cfg_image = defaults.cfg_image if cfg_image is None else cfg_image
         negative = defaults.negative_prompt[kind] if negative_prompt is None else negative_prompt
-        branches = self.branches(
-            prompts,
-            [negative] * len(prompts),
-            self.encode_all(images, video),
-            base,
-            defaults.cfg_text[kind] if cfg_text is None else cfg_text,
-            defaults.cfg_image if cfg_image is None else cfg_image,
-        )
+        references, negatives = self.encode_all(images, video), [negative] * len(prompts)
+        branches = self.branches(prompts, negatives, references, base, cfg_text, cfg_image)
         branches, parallel = share_branches(list(branches.values()), group)
 
         def guided(x, t):
@@ -1137,7 +1037,6 @@ class Vino(nn.Module):
             seeds = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in seeds])
         noise = noise.to(self.mm_encoder.metaquery.device)
-        shift = defaults.shift[kind] if shift is None else shift
         latents = sample(guided, noise, steps or defaults.steps, shift, progress)
         if group and group.rank() > 0:
             return None
@@ -1147,13 +1046,9 @@ class Vino(nn.Module):
     def load(cls, weights, config=None, device="cpu", dtype=torch.float32):
         """Build the model on `meta` and stream its weights straight to `device` and `dtype`.
 
-        Args:
-            weights: a `.safetensors` file of this project; a folder with the public weights
-                (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or "random"
-                for random weights from a fixed seed.
-            config: a Config; by default the file's own, else the full size.
-        Raises: InputError that names the file, and the tensor or field that is missing, unexpected or of the
-            wrong shape.
+        `weights`: a `.safetensors` file of this project; a folder with the public weights
+        (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or "random", from a
+        fixed seed. `config`: by default the file's own, else the full size.
         """
         config, tokenizer, stream = open_weights(weights, config, device)
         with torch.device("meta"):
@@ -1167,13 +1062,13 @@ class Vino(nn.Module):
         for name, tensor in stream:
             if name not in expected:
                 raise InputError(f"{source}: surplus tensor '{name}', which this config has no place for")
-            if tensor.shape != expected[name].shape:
-                shapes = f"{list(tensor.shape)}, the config asks for {list(expected[name].shape)}"
-                raise InputError(f"{source}: tensor '{name}' has shape {shapes}")
+            ours, theirs = list(expected[name].shape), list(tensor.shape)
+            if ours != theirs:
+                raise InputError(f"{source}: tensor '{name}' has shape {theirs}, the config asks for {ours}")
             tensors[name] = tensor.to(device, dtype)
         for name, parameter in expected.items():
-            if name.startswith("transformer." + MMDiT.UNUSED) and name not in tensors:
-                tensors[name] = torch.zeros(parameter.shape, dtype=dtype, device=device)
+            if name.startswith("transformer." + MMDiT.UNUSED):
+                tensors.setdefault(name, torch.zeros(parameter.shape, dtype=dtype, device=device))
         missing = sorted(expected.keys() - tensors.keys())
         if missing:
             raise InputError(f"{source}: tensor '{missing[0]}' is missing ({len(missing)} in all)")
@@ -1191,10 +1086,11 @@ class Vino(nn.Module):
         metadata. The file gets its name when it is complete."""
         tensors = tensors or self.saved_tensors()
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        tokenizer, unfinished = self.mm_encoder.tokenizer.to_str(), Path(f"{path}.partial")
+        config, tokenizer = json.dumps(asdict(self.config)), self.mm_encoder.tokenizer.to_str()
+        unfinished = Path(f"{path}.partial")
         unfinished.touch()
         mode = unfinished.stat().st_mode  # a new file's; safetensors lets nobody but the owner read it
-        save_file(tensors, unfinished, {"config": json.dumps(asdict(self.config)), "tokenizer": tokenizer})
+        save_file(tensors, unfinished, {"config": config, "tokenizer": tokenizer})
         unfinished.chmod(mode)
         unfinished.replace(path)
 
@@ -1227,28 +1123,26 @@ class SequenceParallel:
 
     def __init__(self, group):
         self.group = group
-        self.size = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
+        self.size = group.size()
+        self.rank = group.rank()
 
     def shard(self, x, text, rope, mask):
         """This process's shard of both streams [B, L, D], and the attention over all shards.
 
-        rope and mask cover the whole sequence [visual, text]. In attention, tokens are ordered by process:
+        rope and mask cover the whole sequence [visual, text]. In attention tokens stand in order of process:
         visual and text of process 0, those of process 1, ... Only the mask has to follow that order."""
-        visual, words = x.shape[1], text.shape[1]
-        streams = torch.arange(visual + words, device=x.device).split([visual, words])
-        shards = [F.pad(part, (0, -len(part) % self.size), value=-1).chunk(self.size) for part in streams]
+        streams = [x.shape[1], text.shape[1]]
+        numbers = torch.arange(sum(streams), device=x.device).split(streams)
+        shards = [F.pad(part, (0, -len(part) % self.size), value=-1).view(self.size, -1) for part in numbers]
         # Which token stands where. 5 visual, 3 of text, 2 processes: [[0, 1, 2, 5, 6], [3, 4, -1, 7, -1]]
-        layout = torch.stack([torch.cat(shard) for shard in zip(*shards)])
+        layout = torch.cat(shards, 1)
         kept = (layout.flatten() >= 0).nonzero()[:, 0]
         if mask is not None:
             mask = mask[:, layout.flatten()[kept]]
-        own_rope = [part[layout[self.rank].clamp(min=0)] for part in rope]
-        return self.own(x), self.own(text), partial(self.attend, rope=own_rope, mask=mask, kept=kept)
-
-    def own(self, stream):
-        padded = F.pad(stream, (0, 0, 0, -stream.shape[1] % self.size))
-        return padded.chunk(self.size, 1)[self.rank].contiguous()
+        own = layout[self.rank].clamp(min=0)  # token 0 serves as padding
+        rope = [part[own] for part in rope]
+        x, text = torch.cat([x, text], 1)[:, own].split([part.shape[1] for part in shards], 1)
+        return x, text, partial(self.attend, rope=rope, mask=mask, kept=kept)
 
     def gather(self, x, length):
         """All shards [B, L / size, D] in their order, without padding: [B, length, D]."""
@@ -1279,40 +1173,36 @@ class SequenceParallel:
         return received.movedim(0, join).flatten(join, join + 1)
 
 
-@lru_cache  # subgroups are made once, by all processes together
-def subgroup(size, group):
-    return dist.new_subgroups(size, group)[0]
+subgroups = lru_cache(dist.new_subgroups)  # made once, by all processes together
 
 
 def share_branches(branches, group):
-    """Divide guidance branches among a group's processes: a team for each branch if that divides evenly, else
-    one team for all branches. A team splits the tokens.
+    """Divide guidance branches, (weight, Condition), among a group's processes: a team for each branch if
+    that divides evenly, else one team for all. A team splits the tokens.
 
-    Args: (weight, Condition) of each branch.
-    Returns: those of this process, weighted so that the sum over all processes is the guided velocity, and
-        the team's SequenceParallel, or None."""
+    Returns: the branches of this process, weighted so that the sum over all processes is the guided velocity,
+        and its team's SequenceParallel or None."""
     if group is None:
         return branches, None
     teams = len(branches) if group.size() % len(branches) == 0 else 1
     size = group.size() // teams
     own = branches[group.rank() // size :: teams]
     own = [(weight / size, branch) for weight, branch in own]  # each of a team adds the same velocity
-    return own, SequenceParallel(subgroup(size, group)) if size > 1 else None
+    return own, SequenceParallel(subgroups(size, group)[0]) if size > 1 else None
 
 
 # --- 8. Reference pixels: letterboxing, resizing, the VLM's patches -----------------------------------------
 
 
-def letterbox_size(width, height, area, multiple=16):
-    """(h, w), multiples of `multiple`, of the area closest to `area` at the aspect ratio width / height."""
+def letterbox_size(width, height, area):
+    """(h, w), multiples of 16, of the area closest to `area` at the aspect ratio width / height."""
     ratio = width / height
-    middle = round(math.sqrt(area / ratio) / multiple)
-    best = (math.inf,)
-    for h in range(multiple * max(1, middle - 256), multiple * (middle + 257), multiple):
-        for steps in (math.floor(ratio * h / multiple), math.ceil(ratio * h / multiple)):
-            w = multiple * max(1, steps)
-            best = min(best, (abs(h * w - area), abs(w / h - ratio), h, w))
-    return best[2:]
+    middle = round(math.sqrt(area / ratio) / 16)
+    sizes = []
+    for h in range(16 * max(1, middle - 256), 16 * (middle + 257), 16):
+        sizes.append((h, 16 * max(1, math.floor(ratio * h / 16))))
+        sizes.append((h, 16 * max(1, math.ceil(ratio * h / 16))))
+    return min(sizes, key=lambda size: (abs(size[0] * size[1] - area), abs(size[1] / size[0] - ratio), size))
 
 
 def letterbox(image, area):
@@ -1328,14 +1218,15 @@ def letterbox(image, area):
 
 def video_size(width, height, area):
     """(h, w) of the given area at the aspect ratio width / height: the size at which a clip is decoded."""
-    h = math.sqrt(area / (width / height))
-    return round(h), round(h * (width / height))
+    ratio = width / height
+    h = math.sqrt(area / ratio)
+    return round(h), round(h * ratio)
 
 
 def crop16(frames):
     """Frames [T, H, W, 3] cropped at bottom and right to multiples of 16."""
-    height, width = frames.shape[1:3]
-    return frames[:, : height // 16 * 16, : width // 16 * 16]
+    height, width = (side // 16 * 16 for side in frames.shape[1:3])
+    return frames[:, :height, :width]
 
 
 def vlm_size(height, width, multiple, least, most, frames=1):
@@ -1374,14 +1265,8 @@ def normalize(frames):
 
 
 def patchify(pixels, config):
-    """Pixels as Qwen's vision tower takes them: merged 2 x 2 groups first, a lone frame repeated in time.
-
-    Args:
-        pixels: [B, 3, T, H, W] in [-1, 1]; H and W multiples of patch_size * spatial_merge_size.
-        config: a VisionConfig.
-    Returns:
-        patches [B, t*h*w, 3 * temporal_patch_size * patch_size**2] and the grid (t, h, w).
-    """
+    """Pixels [B, 3, T, H, W] in [-1, 1] as Qwen's vision tower takes them: merged 2 x 2 groups first, a lone
+    frame repeated in time -> patches [B, t*h*w, 3 * 2 * 16 * 16] and the grid (t, h, w)."""
     p, m, q = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     repeats = -pixels.shape[2] % q
     pixels = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, repeats, -1, -1)], dim=2)
@@ -1432,54 +1317,46 @@ def existing(path):
     return Path(path)
 
 
-def read_image(path):
-    """The picture at `path` as RGB: upright, and over white where it is transparent."""
+@contextmanager
+def reading(path, kind):
+    """Turn whatever goes wrong while a file is read into an InputError of one line."""
     existing(path)
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # 16-bit gray, which `convert` would clip
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = image.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is not an image, or is cut short") from error
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def probe(path):
-    """Height and width of a clip's upright frames, and how many quarter turns make its frames upright."""
-    with imageio.imopen(path, "r", plugin="pyav") as file:
-        height, width = file.properties(0).shape[:2]
-        matrix = file.metadata(0).get("DISPLAYMATRIX")
-    if matrix is None:
-        return height, width, 0
-    a, b = np.frombuffer(matrix, np.int32)[:2] / 2**16  # cosine and sine of a turn to the right
-    turns = round(-math.atan2(b, a) / (math.pi / 2)) % 4
-    return (height, width, turns) if turns % 2 == 0 else (width, height, turns)
-
-
-@contextmanager
-def decoding(path):
-    """Turn any decoder's error into an InputError."""
-    try:
         yield
-    except Exception as error:  # decoders fail in many ways
-        raise InputError(f"{path} is not a video, or is cut short") from error
+    except Exception as error:  # damaged files make readers fail in many ways
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise InputError(f"{path} is not {kind}, or is cut short ({reason})") from error
+
+
+def read_image(path):
+    """The picture at `path` as RGB: upright, and over white where it is transparent."""
+    with reading(path, "an image"), Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I;16"):  # 16-bit gray, which `convert` would clip
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def read_frames(path, area=None):
     """The frames of the clip at `path`, one after the other: uint8 [H, W, 3], upright. With `area` the
     decoder scales them to so many pixels at the clip's own aspect ratio (ffmpeg's bilinear filter)."""
-    path, filters = existing(path), None
-    with decoding(path):
-        height, width, turns = probe(path)
+    with reading(path, "a video"), imageio.imopen(path, "r", plugin="pyav") as file:
+        height, width = file.properties(0).shape[:2]
+        matrix = file.metadata(0).get("DISPLAYMATRIX")
+    turns, filters = 0, None
+    if matrix is not None:
+        cosine, sine = np.frombuffer(matrix, np.int32)[:2] / 2**16  # of a turn to the right
+        turns = round(-math.atan2(sine, cosine) / (math.pi / 2)) % 4  # quarters that make frames upright
     if area:
+        if turns % 2:
+            width, height = height, width
         h, w = video_size(width, height, area)
         if min(h, w) < 16:
             raise InputError(f"{path}: {width} x {height} is too narrow: one side gets less than 16 pixels")
-        scale = f"{w}:{h}" if turns % 2 == 0 else f"{h}:{w}"
+        scale = f"{h}:{w}" if turns % 2 else f"{w}:{h}"
         filters = [("scale", f"{scale}:flags=bilinear"), ("format", "rgb24")]
-    with decoding(path), imageio.imopen(path, "r", plugin="pyav") as file:
+    with reading(path, "a video"), imageio.imopen(path, "r", plugin="pyav") as file:
         for frame in file.iter(format="rgb24", filter_sequence=filters):
             yield np.rot90(frame, turns)
 
@@ -1497,13 +1374,8 @@ def read_video(path, frames, area, config, length=None):
 
 
 def read_json(path):
-    path = existing(path)
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON, or is cut short ({error})") from error
+    with reading(path, "JSON"):
+        return json.loads(Path(path).read_bytes())
 
 
 SPECIAL_TOKENS = (
@@ -1528,7 +1400,9 @@ def byte_tokenizer(special_tokens=SPECIAL_TOKENS, texts=()):
 
 def read_tokenizer(folder):
     """The tokenizer of a public VLM's folder."""
-    return Tokenizer.from_str(json.dumps(read_json(folder / "tokenizer.json")))
+    path = folder / "tokenizer.json"
+    with reading(path, "a tokenizer"):
+        return Tokenizer.from_file(str(path))
 
 
 def override(node, overrides, prefix):
@@ -1605,7 +1479,7 @@ def open_weights(weights, config, device):
         return config or Config(), byte_tokenizer(), None
     if Path(weights).suffix == ".safetensors":
         config, tokenizer = read_metadata(weights, config)
-        return config, tokenizer, read_safetensors([weights], "", device)
+        return config, tokenizer, read_safetensors(Path(weights), "", device)
     if str(weights) == "hub":
         vlm, base, vino = (download(name, files) for name, files in HUB.items())
     else:
@@ -1648,38 +1522,27 @@ def read_public(vlm, base, ckpt, config, device):
     for part, folder in ((qwen, vlm), (ours["mmdit"], base / "transformer"), (ours["vae"], base / "vae")):
         path = folder / "config.json"
         agree(part, read_json(path), folder.name, path)
-    yield from read_safetensors(shards(vlm), "mm_encoder.mm_encoder.", device)
-    yield from read_safetensors(shards(base / "vae"), "vae.", device)
+    yield from read_safetensors(vlm, "mm_encoder.mm_encoder.", device)
+    yield from read_safetensors(base / "vae", "vae.", device)
     trained = read_checkpoint(ckpt)
     for name, tensor in trained.items():
         if not name.startswith("mm_encoder.mm_encoder."):  # the frozen VLM again
             yield name, tensor
-    yield from read_safetensors(shards(base / "transformer"), "transformer.", device, skip=trained)
-
-
-def shards(folder):
-    """The safetensors files of a folder: those its index names, or the only one."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        names = sorted(set(read_json(indexes[0])["weight_map"].values()))
-        return [existing(folder / name) for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder} holds no .safetensors file")
-    return files
+    yield from read_safetensors(base / "transformer", "transformer.", device, skip=trained)
 
 
 def open_safetensors(path, device="cpu"):
-    try:
-        return safe_open(existing(path), "pt", device=str(device))
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a safetensors file, or is cut short ({error})") from error
+    with reading(path, "a safetensors file"):
+        return safe_open(path, "pt", device=str(device))
 
 
-def read_safetensors(paths, prefix, device, skip=()):
-    """(name, tensor on `device`) of the tensors in the files, one by one, but for the names in `skip`."""
-    for path in paths:
-        with open_safetensors(path, device) as file:
+def read_safetensors(path, prefix, device, skip=()):
+    """(name, tensor on `device`) of all tensors in a file or in a folder's files but those in `skip`."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path} holds no .safetensors file")
+    for part in files:
+        with open_safetensors(part, device) as file:
             for name in file.keys():
                 if prefix + name not in skip:
                     yield prefix + name, file.get_tensor(name)
@@ -1687,10 +1550,8 @@ def read_safetensors(paths, prefix, device, skip=()):
 
 def read_checkpoint(path):
     """{name: tensor} of a `.ckpt` of torch. A tensor is read from the file when it is used."""
-    try:
-        tensors = torch.load(existing(path), map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is not a checkpoint of plain tensors, or is cut short") from error
-    if not (isinstance(tensors, dict) and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
-        raise InputError(f"{path} holds something other than named tensors")
+    with reading(path, "a checkpoint of named tensors"):
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError("it holds something other than tensors")
     return tensors

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sample import write
 from toy.benchmark import generate
 from toy.world import Object, Scene, ToyWorld, render
-from train import HERE, TINY, contact_sheet, make_stage, panels, read_metrics, shown
+from train import HERE, TINY, contact_sheet, film_strip, make_stage, read_metrics, shown
 from vino import InputError, Vino
 
 
@@ -61,7 +61,7 @@ def gallery(columns, path, tasks=(), device="cpu"):
         if task in ("t2i", "t2v", "i2v"):
             batch.prompts = batch.short_prompts
         outputs = {name: generate(model, batch, **more) for name, (model, more) in models.items()}
-        columns = shown(batch) | {name: panels(output[0]) for name, output in outputs.items()}
+        columns = shown(batch) | {name: film_strip(output[0]) for name, output in outputs.items()}
         rows.append((f"{task}: {batch.prompts[0]}", columns))
     contact_sheet(rows, path)
 

@@ -14,7 +14,7 @@ The loop, its checkpoints and its pictures are train.py's.
 
 import argparse
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -25,21 +25,23 @@ from transformers import DynamicCache
 import train
 from toy.language import toy_tokenizer
 from toy.world import ToyWorld
-from train import HERE, Objective, Run, Stage, adjust, chance, draw_noise
+from train import HERE, Objective, Run, Stage, chance, draw_noise, make_stage
 from vino import (
     SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, build_prompts, read_config,
 )  # fmt: skip
 
-TOY = {"ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "betas": [0.9, 0.99], "checkpointing": False}
+TOY = {
+    "beta1": 0.9, "beta2": 0.99, "ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "checkpointing": False
+}  # fmt: skip
 PARTS = {
-    "vae": Stage(lr=1.5e-3, steps=9_600, cooldown=6_000, shift=1.0, batch=48, trainable=["vae"], **TOY,
+    "vae": Stage(lr=1.5e-3, steps=9_600, cooldown=6_000, shift=1.0, batch=48, trainable=["vae."], **TOY,
                  mixture={"t2i": 0.3, "t2v": 0.7}),
     "vlm": Stage(lr=1e-3, steps=20_000, cooldown=14_000, shift=1.0, batch=32,
-                 trainable=["mm_encoder.mm_encoder"], **TOY,
+                 trainable=["mm_encoder.mm_encoder."], **TOY,
                  mixture={"look": 0.07, "watch": 0.06, "t2i": 0.13, "t2v": 0.15, "i2v": 0.05, "motion": 0.02}
                  | {"ti2i": 0.16, "ti2i_ref": 0.08, "ti2v": 0.09, "tv2v": 0.12, "tiv2v": 0.07}),
     "mmdit": Stage(lr=2e-3, steps=4_900, cooldown=1_600, shift=3.0, batch=128,
-                   trainable=["native_text", "transformer"], **TOY | {"drop": 0.1},
+                   trainable=["native_text.", "transformer."], **TOY | {"drop": 0.1},
                    mixture={"t2i": 0.5, "t2v": 0.5}),
 }  # fmt: skip
 KL = 3e-5  # weight of the posterior's distance to the normal distribution, against the squared error
@@ -95,12 +97,14 @@ class Captioning(Objective):
         rewrites = task not in ("look", "watch") and chance(*key, "system").random() < 0.5
         return self.vino.config.sampling.rewrite_system if rewrites else SYSTEM_PROMPT
 
+    sometimes_used = "mm_encoder.mm_encoder.model.visual"
+
     def loss(self, batch):
         vlm = self.vino.mm_encoder
         references = []
         for reference in batch.references:
-            features, deepstack = vlm.encode_vision(reference)
-            references.append(EncodedReference(None, features, deepstack, reference.grid, reference.is_video))
+            features = vlm.encode_vision(reference)
+            references.append(EncodedReference(None, features, reference.grid, reference.is_video))
         system = self.system(batch.task, batch.key)
         prompts = build_prompts(vlm.tokenizer, batch.short_prompts, references, vlm.merge, system)
         cache = DynamicCache()
@@ -116,9 +120,6 @@ class Captioning(Objective):
         last = torch.cat([last[:, -1:], answered], 1)
         losses = F.cross_entropy(vlm.mm_encoder.lm_head(last).mT.float(), wanted, reduction="none")
         return losses.sum(1) / (wanted >= 0).sum(1)
-
-    def sometimes_used(self):
-        return self.vino.mm_encoder.mm_encoder.model.visual
 
     def picture(self, batch):
         references = [self.vino.encode(reference) for reference in batch.references]
@@ -181,9 +182,8 @@ def scale_latents(run):
 
 def prepare(args, part, weights, out):
     """The Run of one part, at its first step or where it was stopped."""
-    found = train.find_checkpoint(out, args)
+    found, saved = train.find_checkpoint(out, args.resume)
     device, dtype = train.start_device(args.dtype)
-    saved = train.read_state(found) if found else {}
     weights = str(weights or saved.get("weights") or "random")
     path = args.config or HERE / "tiny_config.json"
     config = read_config(path, weights) if args.config or weights == "random" else None
@@ -191,12 +191,12 @@ def prepare(args, part, weights, out):
     if weights == "random":
         vino.mm_encoder.tokenizer = toy_tokenizer()
         quieten(vino)
-    stage = adjust(Stage(**asdict(PARTS[part])), vars(args))
+    stage = make_stage(part, vino.config, vars(args), PARTS)
     args.stage = f"0-{part}"
     encoders = vino if device.type == "cuda" else None
     source = ToyWorld(stage, vino.config, f"{args.seed} {args.stage}", encoders)
     run = Run(args, out, stage, source, OBJECTIVES[part](vino, stage.shift), weights, device, dtype)
-    train.start(run, found)
+    train.start(run, found, saved)
     return run
 
 
@@ -230,7 +230,7 @@ def pretrain(args):
 
 def main(arguments=None):
     """Run the command line `arguments` -> exit status."""
-    return train.guarded(pretrain, parse_arguments(arguments))
+    return train.main(arguments, parse_arguments, pretrain)
 
 
 if __name__ == "__main__":

@@ -450,10 +450,10 @@ class ToyWorld(Source):
             with torch.no_grad():
                 parts = [self.vino.vae.encode(batch.target)]
             for reference in encoded:
-                parts += [reference.latents, reference.features, *reference.deepstack]
+                parts += [reference.latents, *reference.features]
             if not kept:
                 kept += [part.new_empty(self.count, *part.shape[1:]) for part in parts]
-                references += [(len(r.deepstack), r.grid, r.is_video) for r in encoded]
+                references += [(len(r.features), r.grid, r.is_video) for r in encoded]
             rows = torch.tensor([*unknown], device=device)
             for tensor, part in zip(kept, parts):
                 tensor[rows] = part
@@ -462,9 +462,9 @@ class ToyWorld(Source):
         latents, *parts = [tensor[rows] for tensor in kept]
         encoded = []
         for layers, grid, is_video in references:
-            own, features, *deepstack = parts[: layers + 2]
-            encoded.append(EncodedReference(own, features, deepstack, grid, is_video))
-            del parts[: layers + 2]
+            own, *features = parts[: layers + 1]
+            encoded.append(EncodedReference(own, features, grid, is_video))
+            del parts[: layers + 1]
         prompts, short_prompts = [s.prompt for s in samples], [s.short_prompt for s in samples]
         return Batch(task, prompts, short_prompts, encoded, None, latents=latents)
 
