@@ -1,10 +1,19 @@
 """The command line of VINO: read prompts, pictures and clips, call the model, write .png, .mp4 or .gif.
 
-    python sample.py --prompt "a large red circle"
-    python sample.py --help
+    python sample.py --prompt "a large red circle moving right" --out circle.mp4
+    python sample.py --prompt "Put the hat of Image 1 on the man in Image 2." --image hat.jpg man.jpg --base
+    torchrun --nproc-per-node 4 sample.py ...        (each sample on 4 GPUs)
 
-What the user gets wrong is one line on stderr and exit status 2, and found before the model is loaded.
-`torchrun --nproc-per-node N sample.py ...` spreads each sample over N GPUs.
+The task follows from what you give:
+
+    only a prompt       an image, or a video if --frames is above 1 or --out ends in .mp4 or .gif
+    one image           an edit of it, or (as above) a video that begins with it
+    several images      an edit of the last one, or a video of what they show
+    a video             an edit of it; images guide the edit, or get the video's motion or camera
+
+An edit has the shape of what it edits: --height and --width then set its area only.
+A file that exists is kept, unless the very same command has made it.
+What is wrong with a command is one line on stderr and exit status 2, before the model is loaded.
 """
 
 import argparse
@@ -13,12 +22,10 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -35,86 +42,76 @@ try:
     from tqdm import tqdm
 
     import vino
-    from vino import Config, InputError, Reference, Vino
+    from vino import InputError, Reference, Vino
 except KeyboardInterrupt:  # the imports take seconds
     print("sample.py: stopped", file=sys.stderr)
     sys.exit(130)
 
-MISTAKES = (InputError, OSError, torch.OutOfMemoryError)  # the user's: one line tells them
 HERE = Path(__file__).parent
-TINY = HERE / "assets" / "tiny.safetensors"
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets these two
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 TASKS = {  # the release's names: what goes in (text, image, video), what comes out
     "t2i": "text to image", "t2v": "text to video", "i2v": "image to video", "ti2i": "image edit",
     "ti2v": "images to video", "tv2v": "video edit", "tiv2v": "video edit with images",
 }  # fmt: skip
-ITEM = {  # the fields of an item of a task file, with the values of those that are left out
-    "index": "", "task": "", "caption": "", "ref_image_paths": [], "ref_video_path": "",
-    "ref_image_have_base": False,
-}  # fmt: skip
-USAGE = """sample.py --prompt TEXT [--image FILE ...] [--video FILE] [--out PATH] [options]
-       sample.py --tasks FILE.json --out DIR [options]
-       sample.py --tasks FILE.json --rewrite-only --out FILE.json [options]"""
-EPILOG = """the task follows from what you give:
-  only a prompt         an image, or a video if --frames is above 1 or --out ends in .mp4 or .gif
-  one image             an edit of it, or (as above) a video that begins with it
-  several images        an edit of the last one, or a video of what they show
-  a video, or with      an edit of the video; images guide it, or it lends an image its motion
-    images              or its camera
-an edit has the shape of what it edits: --height and --width then set its area only
-a file that exists is kept, unless the very same command has made it
-
-examples:
-  python sample.py --prompt "a large red circle moving right" --out circle.mp4
-  python sample.py --prompt "Put the hat of Image 1 on the man in Image 2." --image hat.jpg man.jpg --base
-"""
-
-# --- Arguments ----------------------------------------------------------------------------------------------
+TOO_LARGE = "too large for the GPU's memory: try --offload, fewer --frames, smaller --height and --width"
 
 
 def say(*lines):
     """Print to stderr, above a progress bar: only the first process."""
     if RANK == 0:
-        with tqdm.external_write_mode():
-            print(*lines, sep="\n", file=sys.stderr, flush=True)
+        for line in lines:
+            tqdm.write(line, file=sys.stderr)
+
+
+def fail(message):
+    """End with one line and status 2."""
+    line = " ".join(message.split())[:600]
+    say(f"sample.py: error: {line}")
+    sys.exit(2)
+
+
+def show(text):
+    """Print to stdout. A full disk or a closed pipe there is no error of the result, which has a file."""
+    if RANK == 0:
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            say(f"cannot print to stdout: {error.strerror}")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# --- Arguments ----------------------------------------------------------------------------------------------
 
 
 def bounded(kind, least, most):
     """An argument's type: an int or a float from `least` to `most`."""
 
     def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
+        if not least <= kind(text) <= most:
             raise ValueError
-        return value
+        return kind(text)
 
     parse.__name__ = f"{kind.__name__} ({least} to {most})"  # argparse reports "invalid {__name__} value"
     return parse
 
 
-class Parser(argparse.ArgumentParser):
-    """One that reports an error in a single line."""
-
-    def error(self, message):
-        line = " ".join(message.split())[:600]
-        say(f"sample.py: error: {line}")
-        sys.exit(2)
-
-
 def build_parser():
-    parser = Parser("sample.py", USAGE, epilog=EPILOG, allow_abbrev=False)
+    usage = "sample.py (--prompt TEXT | --tasks FILE.json) [options]"
+    parser = argparse.ArgumentParser("sample.py", usage, __doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = fail
     side, scale = bounded(int, 16, 4096), bounded(float, 0, 1000)
 
-    add = parser.add_argument_group("what to make").add_argument
-    add("--prompt", metavar="TEXT", help="what to make, or what to change")
+    group = parser.add_argument_group("what to make")
+    either, add = group.add_mutually_exclusive_group(required=True).add_argument, group.add_argument
+    either("--prompt", metavar="TEXT", help="what to make, or what to change")
+    either("--tasks", metavar="FILE", help="many, from a .json in the release's format; --out is a folder")
     add("--image", metavar="FILE", nargs="+", action="extend", default=[], help="Image 1, Image 2, ...")
-    add("--video", metavar="FILE", help="Video 1")
+    add("--video", metavar="FILE", default="", help="Video 1")
     add("--base", action="store_true", help="the last image is the one to edit, the others guide the edit")
-    expand = "let the VLM turn the prompt into a caption first (default: the config's, without references)"
-    add("--rewrite", action=argparse.BooleanOptionalAction, help=expand)
-    add("--tasks", metavar="FILE", help="many of these from a .json in the release's format")
-    add("--rewrite-only", action="store_true", help="write the task file again, with the VLM's captions")
+    add("--rewrite", action=argparse.BooleanOptionalAction, help="let the VLM expand the prompt first")
+    add("--rewrite-only", action="store_true", help="write the task file to --out, with the VLM's captions")
 
     add = parser.add_argument_group("the result").add_argument
     add("--out", metavar="PATH", help=".png, .mp4, .gif or a folder (default: named by prompt and seed)")
@@ -145,64 +142,50 @@ def build_parser():
     return parser
 
 
-def check_arguments(args, config):
-    """Round sizes down to legal ones and settle device and dtype, in place. Raises InputError."""
-    if (args.prompt is None) == (args.tasks is None):
-        raise InputError("give either --prompt TEXT or --tasks FILE; --help tells more")
+def check_arguments(args):
+    """Refuse arguments that exclude each other, and round sizes down to legal ones, in place."""
     single = args.image or args.video or args.base or args.explain or args.num > 1
-    if args.tasks is not None and (single or not args.out):
+    if args.prompt is None and (single or not args.out):
         raise InputError("--tasks needs --out and excludes --image, --video, --base, --num and --explain")
-    if args.rewrite_only and (args.tasks is None or not args.out.endswith(".json")):
+    if args.rewrite_only and (args.prompt is not None or not args.out.endswith(".json")):
         raise InputError("--rewrite-only goes with --tasks FILE.json and --out FILE.json")
     if (args.height is None) != (args.width is None):
         raise InputError("--height and --width go together")
-    for name, multiple, rest in (("height", 16, 0), ("width", 16, 0), ("frames", 4, 1)):
-        value = getattr(args, name) or rest
-        surplus = (value - rest) % multiple
-        if surplus:
-            setattr(args, name, value - surplus)
-            args.notices.append(f"--{name} {value} is rounded down to {value - surplus}")
-    if args.frames and args.frames > config.sampling.max_frames:
-        raise InputError(f"--frames {args.frames}: the config allows {config.sampling.max_frames}")
-    heads = config.mmdit.num_attention_heads
-    if heads % WORLD:
-        raise InputError(f"{WORLD} processes cannot share {heads} attention heads evenly")
-    choose_device(args)
+    for name, multiple, least in (("height", 16, 0), ("width", 16, 0), ("frames", 4, 1)):
+        asked = getattr(args, name) or least
+        legal = asked - (asked - least) % multiple
+        if legal != asked:
+            setattr(args, name, legal)
+            say(f"--{name} {asked} is rounded down to {legal}")
 
 
 def choose_device(args):
     """Settle --device and --dtype, in place."""
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
-        torch.zeros(1, device=args.device).item()  # of "meta" there is no item
+        probe = torch.zeros(1, device=name)
+        probe.item()  # of "meta" there is none
     except (RuntimeError, AssertionError) as error:
-        reason = re.split(r"\. |\n", str(error))[0]  # some go on for a page
-        raise InputError(f"--device {args.device}: not here ({reason})") from error
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
+        raise InputError(f"--device {name}: not here ({error})") from error
+    args.device = str(probe.device) if probe.is_cuda else probe.device.type  # safetensors knows no "cpu:0"
+    if probe.is_cuda:
+        torch.cuda.set_device(probe.device)
     elif args.offload:
         raise InputError("--offload needs a GPU")
-    else:
-        args.device = torch.device(args.device).type  # "cpu:0": safetensors knows no such name
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
 
 
 def choose_weights(args):
-    """What --weights and --config mean -> (weights, Config, tokenizer), without reading a tensor."""
-    weights = args.weights or str(TINY)
-    config = vino.read_config(args.config, weights) if args.config else None
-    if weights == "random":
-        return weights, config or Config.from_file(HERE / "tiny_config.json"), vino.byte_tokenizer()
-    if weights.endswith(".safetensors"):
-        return weights, *vino.read_metadata(weights, config)
-    vlm = next(iter(vino.HUB))
-    if weights == "hub":
-        folder = vino.download(vlm, ["tokenizer.json"])
-    else:
-        folder = vino.existing(weights) / Path(vlm).name
-    return weights, config or Config(), vino.read_tokenizer(folder)
+    """Settle --weights, in place -> their Config and tokenizer, without reading a tensor."""
+    args.weights = args.weights or str(HERE / "assets/tiny.safetensors")
+    path = args.config or (HERE / "tiny_config.json" if args.weights == "random" else None)
+    config = vino.read_config(path, args.weights) if path else None
+    if args.weights == "hub":  # --explain needs no more, and all else is checked before 60 GB are fetched
+        vlm = vino.download(next(iter(vino.HUB)), ["tokenizer.json"])
+        return config or vino.Config(), vino.read_tokenizer(vlm)
+    config, tokenizer, _ = vino.open_weights(args.weights, config, args.device)
+    return config, tokenizer
 
 
 # --- Jobs ---------------------------------------------------------------------------------------------------
@@ -210,14 +193,16 @@ def choose_weights(args):
 
 @dataclass
 class Job:
-    """One prompt with its references and its results."""
+    """One prompt with its references and results: the command line's, or an item of a task file, whose
+    fields the first six are."""
 
-    prompt: str
-    task: str  # one of TASKS
-    images: list  # paths
-    video: str  # path, or empty
-    base: bool
-    outputs: dict  # seed: path
+    index: str = ""  # the name of an item's result
+    task: str = ""  # one of TASKS
+    caption: str = ""
+    ref_image_paths: list = vino.items()
+    ref_video_path: str = ""
+    ref_image_have_base: bool = False  # the last image is the one to edit
+    outputs: dict | None = None  # by seed, their paths
 
 
 def single_job(args):
@@ -236,65 +221,45 @@ def single_job(args):
     outputs = {}
     for seed in range(args.seed, args.seed + args.num):
         outputs[seed] = out.with_stem(f"{out.stem}_{seed}") if is_folder or args.num > 1 else out
-    return checked(Job(args.prompt, task, args.image, args.video or "", args.base, outputs))
+    return Job("", task, args.prompt, args.image, args.video, args.base, outputs)
 
 
-def read_tasks(args):
-    """The items of --tasks and their jobs. An InputError names the line or the item that is wrong."""
-    path, jobs = Path(args.tasks), []
-    items = vino.read_json(path)  # its error tells the line
+def read_jobs(items, args):
+    """The jobs of the items of --tasks. An InputError names the item that is wrong."""
     if not isinstance(items, list) or not items:
-        raise InputError(f"{path}: should be a list of items")
+        raise InputError(f"{args.tasks}: should be a list of items")
+    jobs = []
     for position, item in enumerate(items, 1):
         try:
-            jobs.append(read_item(item, path.parent, args))
+            job = read_item(item, args)
+            if any(job.outputs == other.outputs for other in jobs):
+                raise InputError("an item before it has the same index")
         except InputError as error:
-            raise InputError(f"{path}, item {position}: {error}") from error
-        if any(job.outputs == jobs[-1].outputs for job in jobs[:-1]):
-            raise InputError(f"{path}, item {position}: an item before it has the same index")
-    return items, jobs
+            raise InputError(f"{args.tasks}, item {position}: {error}") from error
+        jobs.append(job)
+    return jobs
 
 
-def read_item(item, folder, args):
-    """The job of one item of a task file. Its paths start in the working directory, else in `folder`."""
-    if not isinstance(item, dict):
-        raise InputError("should be an object in braces")
-    item = ITEM | {name: value for name, value in item.items() if value is not None}
-    item["index"] = str(item["index"])
-    for name, default in ITEM.items():
-        if type(item[name]) is not type(default):
-            shown = json.dumps(item[name])[:60]
-            raise InputError(f"'{name}' is {shown}, should be a {type(default).__name__}")
-    index = item["index"]
-    if index in ("", ".", "..") or "/" in index or "\0" in index or not is_text(index) or len(index) > 200:
-        raise InputError(f"'index' should be a file's name, and is {json.dumps(index)[:60]}")
-    paths = [*item["ref_image_paths"], item["ref_video_path"]]
-    if not all(isinstance(path, str) and "\0" not in path and is_text(path) for path in paths):
-        raise InputError("'ref_image_paths' and 'ref_video_path' should be paths")
-    *images, video = [path if Path(path).exists() else folder / path for path in paths]
-    suffix = ".mp4" if item["task"].endswith("v") else ".png"
-    outputs = {args.seed: Path(args.out, index + suffix)}
-    return checked(Job(item["caption"], item["task"], images, video, item["ref_image_have_base"], outputs))
-
-
-def is_text(text):
-    """False if a text holds what no UTF-8 can: the bytes of another encoding, or half a surrogate pair."""
-    return text == text.encode("utf-8", "ignore").decode()
-
-
-def checked(job):
-    """The job, or an InputError where its parts do not fit together."""
+def read_item(item, args):
+    """The job of one item. Its paths start in the working directory, else beside the task file."""
+    job = Job()
+    if isinstance(item, dict):
+        item = {name: value for name, value in item.items() if name in vars(job) and value is not None}
+        item["index"] = str(item.get("index", ""))
+    vino.override(job, item, "")
+    if not re.fullmatch(r"(?!\.\.?$)[^/\0\ud800-\udfff]{1,200}", job.index):
+        raise InputError(f"'index' should be a file's name, and is {json.dumps(job.index)[:60]}")
+    paths = [*job.ref_image_paths, job.ref_video_path]
+    if not all(isinstance(path, str) for path in paths):
+        raise InputError("'ref_image_paths' should be paths")
+    paths = [path if Path(path).exists() else Path(args.tasks).parent / path for path in paths]
+    *job.ref_image_paths, job.ref_video_path = paths
     if job.task not in TASKS:
         raise InputError(f"unknown task '{job.task[:60]}', known: {', '.join(TASKS)}")
-    source = job.task.split("2")[0]
-    if ("i" in source, "v" in source) != (bool(job.images), bool(job.video)):
+    source, result = job.task.split("2")
+    if ("i" in source, "v" in source) != (bool(job.ref_image_paths), bool(job.ref_video_path)):
         raise InputError(f"task {job.task} ({TASKS[job.task]}) does not go with these references")
-    if not job.prompt.strip():
-        raise InputError("the prompt is empty")
-    if not is_text(job.prompt):
-        raise InputError("the prompt is not valid UTF-8")
-    if job.base and len(job.images) < 2:
-        raise InputError("--base needs two images or more: the last is edited, the others guide")
+    job.outputs = {args.seed: Path(args.out, f"{job.index}{'.mp4' if result == 'v' else '.png'}")}
     return job
 
 
@@ -302,88 +267,78 @@ def checked(job):
 
 
 def prepare(job, args, config):
-    """Read the references and settle the size of the result -> (images, video, (frames, height, width)).
-
-    An edit has the shape of what it edits; --height and --width are then its area."""
+    """Check a job and read its references -> (images, video, (frames, height, width) of the result)."""
+    if not job.caption.strip():
+        raise InputError("the prompt is empty")
+    if re.search(r"[\ud800-\udfff]", f"{job.caption}{args.negative_prompt}"):  # half of a surrogate pair
+        raise InputError("the prompt is not valid UTF-8")
+    if job.ref_image_have_base and len(job.ref_image_paths) < 2:
+        raise InputError("--base needs two images or more: the last is edited, the others guide")
     sampling, is_video = config.sampling, job.task.endswith("v")
+    if len(job.ref_image_paths) > sampling.max_images:
+        raise InputError(f"{len(job.ref_image_paths)} images, and the config allows {sampling.max_images}")
     frames = (args.frames or sampling.frames) if is_video else 1
-    size = sampling.video_size if is_video else sampling.image_size
-    if args.height:
-        size = (args.height, args.width)
+    if frames > sampling.max_frames:
+        raise InputError(f"--frames {frames}: the config allows {sampling.max_frames}")
     if is_video and frames == 1:
         raise InputError(f"--frames 1 is an image, and {TASKS[job.task]} makes a video")
-    if len(job.images) > sampling.max_images:
-        raise InputError(f"{len(job.images)} images, and the config allows {sampling.max_images}")
-    is_edit = job.task not in ("t2i", "t2v", "ti2v")
-    area = math.prod(size) if args.height and is_edit else sampling.reference_area
-    images = [Reference.image(vino.read_image(path), area, config.vision) for path in job.images]
-    video = vino.read_video(job.video, frames, area, config.vision) if job.video else None
+
+    size = sampling.video_size if is_video else sampling.image_size
+    area, is_edit = sampling.reference_area, job.task not in ("t2i", "t2v", "ti2v")
+    if args.height:
+        size = (args.height, args.width)
+        area = math.prod(size) if is_edit else area
+    images = [Reference.image(vino.read_image(path), area, config.vision) for path in job.ref_image_paths]
+    video = None
+    if job.ref_video_path:
+        video = vino.read_video(job.ref_video_path, frames, area, config.vision)
+        frames = video.pixels.shape[2]
     if is_edit:
         size = (video or images[-1]).pixels.shape[3:]
-    frames = video.pixels.shape[2] if video else frames
     return images, video, (frames, *size)
 
 
-def strange_words(prompt, tokenizer):
-    """The words that a tiny model cannot know. Its tokenizer has one token for each word that it has seen."""
-    if tokenizer.token_to_id("Ġcircle") is None or tokenizer.get_vocab_size() > 1000:
-        return []
-
-    def is_known(word):
-        forms = word.lower(), word.capitalize()
-        return any(len(tokenizer.encode(space + form).ids) == 1 for form in forms for space in ("", " "))
-
-    return [word for word in re.findall("[a-z]+", prompt, re.IGNORECASE) if not is_known(word)]
-
-
-def notices(job, tokenizer, images, video):
+def notices(job, tokenizer):
     """What the user may not have meant, a line each."""
-    strange = dict.fromkeys(strange_words(job.prompt, tokenizer))
-    if strange:
-        names = ", ".join(f"'{word}'" for word in strange)
-        verb = "means" if len(strange) == 1 else "mean"
+    known = {token.strip("Ġ").lower() for token in tokenizer.get_vocab()}
+    words = dict.fromkeys(re.findall("[a-z]+", job.caption, re.IGNORECASE))
+    strange = [f"'{word}'" for word in words if word.lower() not in known]
+    if strange and "circle" in known and len(known) < 1000:  # a tiny model's: one token for each word
+        mean = "means" if len(strange) == 1 else "mean"
         advice = "these weights know coloured shapes only; the README tells how to get the real ones"
-        yield f"{names} {verb} nothing to this model: {advice}"
-    given = {f"Image {k}" for k in range(1, len(images) + 1)} | ({"Video 1"} if video else set())
-    for name in sorted({*re.findall(r"\b(?:Image|Video) \d+", job.prompt)} - given):
+        yield f"{', '.join(strange)} {mean} nothing to this model: {advice}"
+    given = {f"Image {k}" for k in range(1, len(job.ref_image_paths) + 1)}
+    given |= {"Video 1"} if job.ref_video_path else set()
+    for name in sorted({*re.findall(r"\b(?:Image|Video) \d+", job.caption)} - given):
         yield f"the prompt names {name}, which is not given"
-
-
-def problem(error):
-    """What to tell the user of an error."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "too large for the GPU's memory: try --offload, fewer --frames, or a smaller --height and --width"
-        )
-    return str(error)
 
 
 def run(job, args, config, tokenizer, load):
     """Do a job, from its references to its files. `load` gives the model."""
-    for seed, path in job.outputs.items():
-        if not args.explain:
-            check_writable(path, args, seed)
     images, video, size = prepare(job, args, config)
-    say(*args.notices, *notices(job, tokenizer, images, video))  # behind all that could be a line of error
-    args.notices = []
-    references = [*images, video] if video else images
-    by_default = config.sampling.rewrite and not references and args.weights != "random"
-    if by_default if args.rewrite is None else args.rewrite:
-        job.prompt = load().rewrite([job.prompt], images, video)[0] or job.prompt
-        say(f"rewritten: {job.prompt}")
+    outputs = {} if args.explain or args.rewrite_only else job.outputs
+    for seed, path in outputs.items():
+        check_writable(path, args, seed)
+    say(*notices(job, tokenizer))  # behind all that could be a line of error
+    by_default = config.sampling.rewrite and job.task in ("t2i", "t2v") and args.weights != "random"
+    if args.rewrite_only or (by_default if args.rewrite is None else args.rewrite):
+        job.caption = load().rewrite([job.caption], images, video)[0] or job.caption
+        say(f"rewritten: {job.caption}")
     if args.explain:
-        show(explain(job.prompt, references, size, tokenizer, config))
-        return
-    for seed, path in job.outputs.items():
+        references = [*images, video] if video else images
+        config = replace(config, num_queries=0) if args.no_queries else config
+        show(explain(job.caption, references, size, tokenizer, config))
+    for seed, path in outputs.items():
         say("{}: {} frame(s) of {} x {}, seed {}".format(TASKS[job.task], *size, seed))
         pixels = load().generate(
-            [job.prompt], images, video, size=size, base=job.base, steps=args.steps, shift=args.shift,
-            cfg_text=args.cfg_text, cfg_image=args.cfg_image, negative_prompt=args.negative_prompt,
-            seed=seed, group=dist.group.WORLD if WORLD > 1 else None, progress=RANK == 0,
+            [job.caption], images, video, size=size, base=job.ref_image_have_base, steps=args.steps,
+            shift=args.shift, cfg_text=args.cfg_text, cfg_image=args.cfg_image, seed=seed,
+            negative_prompt=args.negative_prompt, progress=RANK == 0,
+            group=dist.group.WORLD if WORLD > 1 else None,
         )  # fmt: skip
         if pixels is not None:
-            facts = {"command": args.command, "seed": seed, "prompt": job.prompt}
-            write(path, pixels[0], config.sampling.fps, facts)
+            facts = {"command": args.command, "seed": seed, "prompt": job.caption}
+            write(path, encode(path.suffix.lower(), pixels[0], config.sampling.fps, facts))
             show(path)
 
 
@@ -391,73 +346,49 @@ def check_writable(path, args, seed):
     """What cannot be written fails here, before the work. What this very command has made may be replaced."""
     if path.exists() and not args.overwrite and made_by(path) != (args.command, seed):
         raise InputError(f"{path} exists; --overwrite replaces it")
-    partial = Path(f"{path}.{RANK}.partial")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        partial.touch()
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-    partial.unlink()
+    path.parent.mkdir(exist_ok=True)
+    partial = Path(f"{path}.partial")
+    partial.touch()
+    partial.unlink(missing_ok=True)  # another process may have been faster
 
 
 def made_by(path):
     """The command and the seed that made a result, or None for any other file."""
+    plugin = "pyav" if path.suffix.lower() == ".mp4" else "pillow"
     try:
-        if path.suffix.lower() == ".mp4":
-            facts = json.loads(imageio.immeta(path, plugin="pyav")["comment"])
-        else:
-            with Image.open(path) as file:
-                facts = json.loads(file.info["comment"])
+        facts = json.loads(imageio.immeta(path, plugin=plugin)["comment"])
         return facts["command"], facts["seed"]
     except Exception:  # a damaged file can fail anywhere in a decoder; nobody's command has made it
         return None
 
 
-@contextmanager
-def completing(path):
-    """Give a path to write to, of a file that is named `path` when it is complete, and else removed."""
-    partial = Path(f"{path}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write(path, pixels, fps, facts):
-    """Write pixels [3, T, H, W] in [-1, 1] as the path's suffix says, with `facts` in the metadata."""
+def encode(suffix, pixels, fps, facts):
+    """Pixels [3, T, H, W] in [-1, 1] as the bytes of a .png, .mp4 or .gif, with `facts` in the metadata."""
     frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
-    comment = json.dumps(facts, ensure_ascii=False)
-    with completing(path) as partial:
-        if path.suffix.lower() == ".mp4":
-            partial.write_bytes(encode_mp4(frames, fps, comment))
-        elif path.suffix.lower() == ".gif":
-            first, *rest = map(Image.fromarray, frames)
-            timing = {"duration": 1000 / fps, "loop": 0, "comment": comment.encode()}
-            first.save(partial, "GIF", save_all=True, append_images=rest, **timing)
-        else:
-            info = PngInfo()
-            info.add_itxt("comment", comment)
-            Image.fromarray(frames[0]).save(partial, "PNG", pnginfo=info)
-
-
-def encode_mp4(frames, fps, comment):
-    """H.264 as every player knows it: yuv420p, whose colours have half the height and width."""
-    file = BytesIO()
-    with imageio.imopen(file, "w", plugin="pyav", extension=".mp4") as video:
-        video.container_metadata["comment"] = comment
-        video.write(frames, codec="libx264", fps=fps, out_pixel_format="yuv420p")
+    file, comment = BytesIO(), json.dumps(facts)
+    if suffix == ".mp4":  # H.264 in yuv420p, which every player knows: half the colours' height and width
+        with imageio.imopen(file, "w", plugin="pyav", extension=suffix) as video:
+            video.container_metadata["comment"] = comment
+            video.write(frames, codec="libx264", fps=fps, out_pixel_format="yuv420p")
+    elif suffix == ".gif":
+        first, *rest = map(Image.fromarray, frames)
+        timing = {"duration": 1000 / fps, "loop": 0, "comment": comment.encode()}
+        first.save(file, "GIF", save_all=True, append_images=rest, **timing)
+    else:
+        info = PngInfo()
+        info.add_text("comment", comment)
+        Image.fromarray(frames[0]).save(file, "PNG", pnginfo=info)
     return file.getvalue()
 
 
-def show(text):
-    """Print to stdout. A full disk or a closed pipe there is no error of the result, which has a file."""
-    if RANK == 0:
-        try:
-            print(text, flush=True)
-        except OSError as error:
-            say(f"cannot print to stdout: {error.strerror}")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def write(path, content):
+    """Write bytes to a file that has its name only when it is complete, and else is removed."""
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # --- --explain and --profile --------------------------------------------------------------------------------
@@ -465,29 +396,24 @@ def show(text):
 
 def explain(text, references, size, tokenizer, config):
     """Figure 5 for this call: the packed sequence as a table."""
-    merge = config.vision.spatial_merge_size
-    prompt = vino.build_prompts(tokenizer, [text], references, merge)
-    patch, patch_t = config.mmdit.patch_size, config.mmdit.patch_size_t
-    rows, time = [("source", "tokens", "time", "in the VLM")], 0
-
-    def add(name, place, pixels=None):
-        """One boundary token, or the latents of pixels of a size (frames, height, width)."""
-        nonlocal time
-        frames, tokens = 1, 1
-        if pixels:
-            frames = ((pixels[0] - 1) // 4 + 1) // patch_t
-            tokens = frames * (pixels[1] // 8 // patch) * (pixels[2] // 8 // patch)
-        rows.append((name, tokens, f"{time}-{time + frames - 1}", place))
-        time += frames
-
+    prompt = vino.build_prompts(tokenizer, [text], references, config.vision.spatial_merge_size)
+    side = 8 * config.mmdit.patch_size  # pixels of a token
+    token = (1, side, side)
+    parts = []  # of the MMDiT's sequence: source, size in pixels, place in the VLM
     for k, (reference, start, end) in enumerate(zip(references, prompt.starts, prompt.ends), 1):
         name = "Video 1" if reference.is_video else f"Image {k}"
-        if config.boundary_tokens:
-            add(f"{name}, start token", start)
-        add(f"{name}, latents", f"{start + 1}-{end - 1}", reference.pixels.shape[2:])
-        if config.boundary_tokens:
-            add(f"{name}, end token", end)
-    add("target", "-", size)
+        first = (f"{name}, start token", token, start)
+        latents = (f"{name}, latents", reference.pixels.shape[2:], f"{start + 1}-{end - 1}")
+        last = (f"{name}, end token", token, end)
+        parts += [first, latents, last] if config.boundary_tokens else [latents]
+    parts.append(("target", size, "-"))
+
+    rows, begin = [("source", "tokens", "time", "in the VLM")], 0
+    for source, (frames, height, width), place in parts:
+        times = ((frames - 1) // 4 + 1) // config.mmdit.patch_size_t
+        tokens = times * (height // side) * (width // side)
+        rows.append((source, tokens, f"{begin}-{begin + times - 1}", place))
+        begin += times
     length, queries = prompt.ids.shape[1], config.num_queries
     rows.append(("prompt", length, "-", f"0-{length - 1}"))
     rows.append(("learnable queries", queries, "-", f"{length}-{length + queries - 1}" if queries else "-"))
@@ -495,123 +421,110 @@ def explain(text, references, size, tokenizer, config):
     return "\n".join("{:<20}  {:>7}  {:<7}  {}".format(*row) for row in rows)
 
 
-def watch(model, device):
-    """Measure the parts of the model around their forward passes: {name: seconds of each call}."""
+def watch(model, device, seconds):
+    """From here on append to seconds[name] what each forward pass of a part of the model takes."""
     vlm = model.mm_encoder.mm_encoder.model
     parts = {"vision tower": vlm.visual, "language model": vlm.language_model, "MMDiT": model.transformer}
     parts |= {"VAE, encoder": model.vae.encoder, "VAE, decoder": model.vae.decoder}
 
     def clock():
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        torch.get_device_module(device).synchronize()
         return time.perf_counter()
 
-    calls = {name: [] for name in parts}
     for name, part in parts.items():
-        part.register_forward_pre_hook(lambda *_, own=calls[name]: own.append(-clock()))
-        part.register_forward_hook(lambda *_, own=calls[name]: own.append(own.pop() + clock()))
-    return calls
+        calls = seconds[name] = []
+        part.register_forward_pre_hook(lambda *_, calls=calls: calls.append(-clock()))
+        part.register_forward_hook(lambda *_, calls=calls: calls.append(calls.pop() + clock()))
 
 
-def profile(calls, device):
+def profile(seconds, device):
     """What `watch` has measured, as a table. The first call of the MMDiT includes compiling."""
     lines = ["part             calls  first s  others s"]
-    for name, seconds in calls.items():
-        first, others = sum(seconds[:1]), sum(seconds[1:])
-        lines.append(f"{name:<16} {len(seconds):>5} {first:>8.2f} {others:>9.2f}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    for name, calls in seconds.items():
+        lines.append(f"{name:<16} {len(calls):>5} {sum(calls[:1]):>8.2f} {sum(calls[1:]):>9.2f}")
     if device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    return "\n".join([*lines, f"most memory: {peak:.1f} GiB"])
+        lines.append(f"most memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    return "\n".join(lines)
 
 
 # --- Main ---------------------------------------------------------------------------------------------------
 
 
-def do_all(jobs, args, do):
-    """do(job) for each job of --tasks -> whether any failed; these are named at the end."""
-    failed = []
+def run_tasks(args, do):
+    """do(job) for each item of --tasks -> whether any failed; these are named at the end. --rewrite-only then
+    writes the file again: `caption` is the VLM's, `caption_raw` the user's."""
+    items, out = vino.read_json(args.tasks), Path(args.out)
+    jobs, failed = read_jobs(items, args), []
+    if args.rewrite_only:
+        check_writable(out, args, args.seed)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
     for position, job in enumerate(jobs, 1):
         name = job.outputs[args.seed].name
         say(f"[{position}/{len(jobs)}] {name}")
         try:
             do(job)
-        except MISTAKES as error:
-            if isinstance(error, torch.OutOfMemoryError) and WORLD > 1:
+        except (InputError, OSError) as error:
+            failed.append(f"  {name}: {error}")
+        except torch.OutOfMemoryError:
+            if WORLD > 1:
                 raise  # the other processes wait in this sample, until torchrun ends them
-            failed.append(f"  {name}: {problem(error)}")
+            failed.append(f"  {name}: {TOO_LARGE}")
     say(f"{len(failed)} of {len(jobs)} failed", *failed)
+    if args.rewrite_only and RANK == 0:
+        for item, job in zip(items, jobs, strict=True):
+            item |= {"caption_raw": item.get("caption"), "caption": job.caption}
+        text = json.dumps(items, indent=2, ensure_ascii=False) + "\n"
+        write(out, text.encode("utf-8", "surrogatepass"))
+        show(out)
     return bool(failed)
 
 
-def rewrite_tasks(items, jobs, args, config, load):
-    """Write the task file again: `caption` is the VLM's, `caption_raw` the user's. An item that fails keeps
-    its caption. Returns whether any failed."""
-    out = Path(args.out)
-    check_writable(out, args, args.seed)
-
-    def rewrite(job):
-        images, video, _ = prepare(job, args, config)
-        job.prompt = load().rewrite([job.prompt], images, video)[0] or job.prompt
-
-    failed = do_all(jobs, args, rewrite)
-    for item, job in zip(items, jobs, strict=True):
-        item["caption_raw"] = item["caption"]
-        item["caption"] = job.prompt
-    if RANK == 0:
-        with completing(out) as partial:
-            partial.write_text(json.dumps(items, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        show(out)
-    return failed
-
-
-def load_model(weights, config, args):
-    """The model as the arguments want it: offloaded, compiled, without queries, watched."""
-    model = Vino.load(weights, config, "cpu" if args.offload else args.device, args.dtype)
-    if args.offload:
-        model.offload(args.device)
-    if args.no_queries:
-        model.remove_queries()
-    for block in model.transformer.blocks() if args.compile else ():
-        block.forward = vino.compiled(block.forward)  # without hooks: these fetch offloaded weights
-    if args.profile:
-        args.calls = watch(model, args.device)
-    return model
-
-
 def work(args):
-    """Do what the arguments ask for -> whether any item of a task file failed. Raises InputError."""
-    weights, config, tokenizer = choose_weights(args)
-    check_arguments(args, config)
+    """Do what the arguments ask for -> whether any item of a task file failed."""
+    check_arguments(args)
+    choose_device(args)
+    config, tokenizer = choose_weights(args)
+    heads = config.mmdit.num_attention_heads
+    if heads % WORLD:
+        raise InputError(f"{WORLD} processes cannot share {heads} attention heads evenly")
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
-    items, jobs = read_tasks(args) if args.tasks is not None else (None, [single_job(args)])
-    load = functools.cache(functools.partial(load_model, weights, config, args))
-    failed = False
-    if args.rewrite_only:
-        failed = rewrite_tasks(items, jobs, args, config, load)
-    elif args.tasks is not None:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        failed = do_all(jobs, args, lambda job: run(job, args, config, tokenizer, load))
-    else:
-        run(jobs[0], args, config, tokenizer, load)
-    if args.calls:
-        show(profile(args.calls, args.device))
-    return failed
+    seconds = {}  # for --profile
+
+    @functools.cache
+    def load():
+        model = Vino.load(args.weights, config, "cpu" if args.offload else args.device, args.dtype)
+        if args.offload:
+            model.offload(args.device)
+        if args.no_queries:
+            model.remove_queries()
+        for block in model.transformer.blocks() if args.compile else ():
+            block.forward = vino.compiled(block.forward)  # without hooks: these fetch offloaded weights
+        if args.profile:
+            watch(model, args.device, seconds)
+        return model
+
+    do = functools.partial(run, args=args, config=config, tokenizer=tokenizer, load=load)
+    failed = run_tasks(args, do) if args.prompt is None else do(single_job(args))
+    if seconds:
+        show(profile(seconds, args.device))
+    return bool(failed)
 
 
 def main(argv=None):
     """Run the command line `argv` -> exit status."""
     argv = sys.argv[1:] if argv is None else argv
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know the letters of a name
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    args.command, args.notices, args.calls = shlex.join(["python", "sample.py", *argv]), [], {}
+    args = build_parser().parse_args(argv)
+    args.command = shlex.join(["python", "sample.py", *argv])
     torch.backends.cudnn.deterministic = True  # the same command gives the same picture
     try:
         failed = work(args)
-    except MISTAKES as error:
-        parser.error(problem(error))
+    except (InputError, OSError) as error:
+        fail(str(error))
+    except torch.OutOfMemoryError:
+        fail(TOO_LARGE)
     except KeyboardInterrupt:
         say("sample.py: stopped")
         return 130

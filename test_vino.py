@@ -1207,7 +1207,8 @@ def media(tmp_path, monkeypatch):
     frames = np.stack([3 * x, 6 * y, 20 * t], -1).astype(np.uint8)
     Image.fromarray(frames[0]).save("wide.png")
     Image.fromarray(frames[0, :, :40]).save("square.png")
-    Path("clip.mp4").write_bytes(command_line.encode_mp4(frames, 8, "{}"))
+    clip = vino.normalize(vino.to_frames(frames))[0]
+    Path("clip.mp4").write_bytes(command_line.encode(".mp4", clip, 8, {}))
     return tmp_path
 
 
@@ -1379,10 +1380,12 @@ def test_rewrite_only_writes_the_task_file_again_and_keeps_the_captions_that_fai
     assert json.loads(Path("new.json").read_text()) == rewritten
 
 
-def test_queries_can_be_taken_away_from_finished_weights(media):
+def test_queries_can_be_taken_away_from_finished_weights(media, capsys):
     assert sample_py("--prompt", "a dot", "--out", "with.png") == 0
     assert sample_py("--prompt", "a dot", "--out", "without.png", "--no-queries") == 0
     assert not np.array_equal(*pixels("with.png", "without.png"))
+    assert sample_py("--prompt", "a dot", "--explain", "--no-queries") == 0
+    assert re.search("learnable queries +0 ", capsys.readouterr().out)
 
 
 def test_pictures_and_clips_are_read_upright_and_over_white(media):
@@ -1417,10 +1420,11 @@ def test_a_damaged_clip_is_one_line_and_nobodys_result(media):
 
 
 BAD = {
-    "": "give either --prompt",
+    "": "one of the arguments --prompt --tasks is required",
     "--tasks a.json --rewrite-only --out a.txt": "--rewrite-only goes with",
     "--prompt ''": "prompt is empty",
     "--prompt a\udcff": "the prompt is not valid UTF-8",
+    "--prompt x --negative-prompt a\udcff": "the prompt is not valid UTF-8",
     "--prompt x --height 0 --width 64": "invalid int (16 to",
     "--prompt x --height 64": "go together",
     "--prompt x --frames 1001": "the config allows 33",
@@ -1432,7 +1436,7 @@ BAD = {
     "--prompt x --video clip.mp4 --frames 1": "--frames 1 is an image",
     "--prompt x --video clip.mp4 --height 16 --width 16": "is too narrow",
     "--prompt x --out a.jpg": "text to image goes to a .png, or a folder",
-    "--prompt x --out none/none/a.png": "cannot write none/none/a.png: No such file or directory",
+    "--prompt x --out none/none/a.png": "No such file or directory: 'none/none'",
     "--prompt x --config cut.png": "cut.png is not JSON, or is cut short",
     "--prompt x --weights hub": "cannot download Qwen/Qwen3-VL-4B-Instruct: no network",
     "--prompt x --device moon": "--device moon: not here",
@@ -1456,7 +1460,7 @@ BAD_TASKS = {
     "[1]": "item 1: should be an object",
     ITEM % '"task": "i2i"': "unknown task 'i2i'",
     ITEM % '"task": "t2i"': "does not go with these references",
-    ITEM % '"caption": 3': "'caption' is 3, should be a str",
+    ITEM % '"caption": 3': "'caption' is int, should be str",
     ITEM % '"index": ".."': "'index' should be a file's name, and is \"..\"",
     ITEM % '"index": "\\ud800"': "a file's name",
     ITEM % '"ref_image_paths": [5]': "should be paths",
@@ -1558,3 +1562,18 @@ def test_the_recipe_of_the_readme_trains_and_draws_its_picture(tmp_path, monkeyp
     assert train.main(few) == 0
     assert figures.main(shlex.split(picture.replace("selection selection selection", "selection"))) == 0
     assert Path("recipe.png").exists()
+
+
+def test_every_name_in_the_readmes_map_of_the_paper_exists():
+    table = README.split("| paper | code |")[1].split("\n\n")[0]
+    names = {*re.findall(r"`([A-Za-z_.]+)`", table)} - {
+        "train.py",
+        "sample.py",
+        "toy.benchmark",
+        "understanding",
+    }
+    assert len(names) > 15
+    for name in names:
+        owner = train if name.startswith("train.") else vino
+        for part in name.removeprefix("train.").split("."):
+            owner = getattr(owner, part)

@@ -738,33 +738,35 @@ def validate(run):
             losses[task] += run.objective(batch).item() / VALIDATION
             if number == 0:
                 output, words = run.objective(batch, picture=True)
-                rows.append((f"{task}: {words[0]}", shown(batch) | {"output": film_strip(output[0])}))
+                rows.append((f"{task}: {words[0]}", shown(batch) | {"output": output[0]}))
     run.log({"step": run.step, "validation": losses})
     if RANK == 0:
-        contact_sheet(rows, run.out / f"step_{run.step:08d}.png")
+        contact_sheet(rows).save(run.out / f"step_{run.step:08d}.png")
 
 
 def shown(batch):
-    """The first sample's references and target for `contact_sheet`: {heading: PIL image}."""
+    """The first sample's references and target for `contact_sheet`: {heading: pixels}."""
     columns = {}
     for k, reference in enumerate(batch.references, 1):
         heading = "Video 1" if reference.is_video else f"Image {k}"
-        columns[heading] = film_strip(reference.pixels[0])
-    return columns | {"target": film_strip(batch.target[0])}
+        columns[heading] = reference.pixels[0]
+    return columns | {"target": batch.target[0]}
 
 
 def film_strip(pixels):
     """[3, T, H, W] in [-1, 1] -> a PIL image: the first, the middle and the last frame side by side."""
     count = pixels.shape[1]
     frames = F.pad(pixels[:, sorted({0, count // 2, count - 1})], (0, 2), value=1).unbind(1)
-    strip = ((torch.cat(frames, 2).clamp(-1, 1) + 1) * 127.5).round().byte()
+    strip = ((torch.cat(frames, 2)[..., :-2].clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(strip.permute(1, 2, 0).cpu().numpy())
 
 
-def contact_sheet(rows, path):
-    """A picture at `path` of rows (label, {heading: PIL image}); small images are enlarged without blur."""
+def contact_sheet(rows, least=96):
+    """A PIL image of rows (label, {heading: pixels}): film strips, enlarged without blur as long as they are
+    no taller than `least` pixels."""
+    rows = [(label, {name: film_strip(pixels) for name, pixels in row.items()}) for label, row in rows]
     tallest = max(image.height for _, row in rows for image in row.values())
-    scale = max(1, 96 // tallest)
+    scale = max(1, least // tallest)
     height = scale * tallest + 34
     headings = dict.fromkeys(heading for _, row in rows for heading in row)
     columns = []
@@ -779,7 +781,7 @@ def contact_sheet(rows, path):
     sheet = Image.fromarray(np.hstack(columns))
     for number, (label, _) in enumerate(rows):
         ImageDraw.Draw(sheet).text((8, height * number + 4), label[: sheet.width // 6], fill="black")
-    sheet.save(path)
+    return sheet
 
 
 def read_metrics(folder):

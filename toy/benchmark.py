@@ -25,7 +25,7 @@ from toy.detect import (
     UNITS, Seen, detect, fits, is_related, looks, moves_right, obeys, overlap, pairings, shrink,
 )  # fmt: skip
 from toy.world import CELLS, MOTIONS, Object, Scene, ToyWorld, make_sample, relations
-from train import TINY, contact_sheet, film_strip, make_stage
+from train import TINY, contact_sheet, make_stage
 from vino import InputError, Vino, apply_rope, attend
 
 # how: a key of `ways`, see `measure`; mean: the name of a last row, of all others; texts: "long", "short", or
@@ -309,9 +309,9 @@ def measure(suites, samples, world, device, ways):
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
                     told = outputs[i] if is_text else sample.prompt
                     label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {told}"
-                    columns = {f"Image {k}": film_strip(r[i]) for k, r in enumerate(references, 1)}
+                    columns = {f"Image {k}": r[i] for k, r in enumerate(references, 1)}
                     if not is_text:
-                        columns["output"] = film_strip(outputs[i])
+                        columns["output"] = outputs[i]
                     sheet.append((label, columns))
             bar.update(len(drawn))
     bar.close()
@@ -494,7 +494,7 @@ def benchmark(args):
         text += "\n" + compare_queries(model, world, args.samples, args.device, settings)
     (folder / "benchmark.md").write_text(text)
     if sheet:
-        contact_sheet(sheet, folder / "benchmark.png")
+        contact_sheet(sheet).save(folder / "benchmark.png")
     print(text)
 
 

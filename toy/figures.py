@@ -1,6 +1,6 @@
 """The pictures of the READMEs, from held-out samples of the toy world; none is picked by hand.
 
-python -m toy.figures                                    assets/tasks.png and assets/guidance.png
+python -m toy.figures                                    assets/: hero.gif, tasks.png, guidance.png
 python -m toy.figures examples                           assets/examples/: the inputs of the README's commands
 python -m toy.figures curves with=runs/a without=runs/b  runs' losses and gradients (figure 8)
 python -m toy.figures gallery full=a.safetensors ablated=b.safetensors --out both.png
@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from sample import write
+from sample import encode, write
 from toy.benchmark import generate
 from toy.world import Object, Scene, ToyWorld, render
-from train import HERE, TINY, contact_sheet, film_strip, make_stage, read_metrics, shown
+from train import HERE, TINY, contact_sheet, make_stage, read_metrics, shown
 from vino import InputError, Vino
 
 
@@ -43,12 +43,12 @@ def examples(folder):
     folder.mkdir(exist_ok=True)
     for name, size, scene in EXAMPLES:
         pixels = render([scene], 9 if name.endswith("mp4") else 1, size, torch.device("cpu"))
-        write(folder / name, pixels[0], 8, {})
+        write(folder / name, encode(Path(name).suffix, pixels[0], 8, {}))
 
 
 def gallery(columns, path, tasks=(), device="cpu"):
     """A picture at `path`: for a held-out sample of each task its references and its target, and what models
-    make of it.
+    make of it. A .gif moves, and shows no targets.
 
     Args: columns, {heading: (weights, settings of Vino.generate)}; tasks, by default stage 3's. One that is
     named twice gets two samples."""
@@ -60,10 +60,27 @@ def gallery(columns, path, tasks=(), device="cpu"):
         batch = world.collate(task, [world.draw(task, 1, 1 + number)], torch.device(device))
         if task in ("t2i", "t2v", "i2v"):
             batch.prompts = batch.short_prompts
-        outputs = {name: generate(model, batch, **more) for name, (model, more) in models.items()}
-        columns = shown(batch) | {name: film_strip(output[0]) for name, output in outputs.items()}
-        rows.append((f"{task}: {batch.prompts[0]}", columns))
-    contact_sheet(rows, path)
+        outputs = {name: generate(model, batch, **more)[0] for name, (model, more) in models.items()}
+        rows.append((f"{task}: {batch.prompts[0]}", shown(batch) | outputs))
+    if Path(path).suffix != ".gif":
+        contact_sheet(rows).save(path)
+        return
+    frames = []
+    for time in range(world.frames_that_fit(0, False)):
+        now = [
+            (label, {name: moment(p, time) for name, p in row.items() if name != "target"})
+            for label, row in rows
+        ]
+        frames.append(contact_sheet(now, least=128))
+    pause = [frames[-1]] * 6
+    frames[0].save(
+        path, save_all=True, append_images=frames[1:] + pause, duration=1000 / config.sampling.fps, loop=0
+    )
+
+
+def moment(pixels, time):
+    """One frame of a clip, or an image: [3, 1, H, W]."""
+    return pixels[:, [min(time, pixels.shape[1] - 1)]]
 
 
 def chart(curves, name, width=900, height=400):
@@ -138,6 +155,8 @@ def main(arguments=None):
         elif args.what == "gallery":
             gallery({name: (path, {}) for name, path in named.items()}, args.out, args.tasks)
         else:
+            moving = ("t2v", "i2v", "ti2v", "tv2v", "tiv2v", "motion")
+            gallery({"output": (TINY, {})}, HERE / "assets" / "hero.gif", moving)
             gallery({"output": (TINY, {})}, HERE / "assets" / "tasks.png")
             scales = {f"image cfg {scale:g}": (TINY, {"cfg_image": scale}) for scale in (1.0, 1.5, 3.0, 6.0)}
             gallery(scales, HERE / "assets" / "guidance.png", tasks=("ti2i_ref", "ti2v", "ti2v", "tiv2v"))

@@ -620,6 +620,9 @@ def test_a_gallery_shows_inputs_target_and_every_models_output(tmp_path, monkeyp
     figures.gallery(columns, tmp_path / "gallery.png", tasks=("ti2i", "tv2v"))
     with Image.open(tmp_path / "gallery.png") as picture:
         assert picture.height > 2 * 96 and picture.width > (3 + 3 + 3 + 3) * 64
+    figures.gallery(columns, tmp_path / "gallery.gif", tasks=("tv2v",))
+    with Image.open(tmp_path / "gallery.gif") as picture:
+        assert picture.n_frames == 9
 
 
 def test_an_unknown_suite_is_one_line():
