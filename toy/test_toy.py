@@ -7,10 +7,6 @@ import json
 import math
 import re
 import sys
-<<<<<<< HEAD
-=======
-from collections import Counter
->>>>>>> main
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -367,7 +363,6 @@ def test_latents_are_as_wide_as_the_noise(parts, toy):
 
 
 @torch.no_grad()
-<<<<<<< HEAD
 def test_the_vision_tower_sees_the_same_with_attention_in_all_frames_at_once(parts, toy):
     encoder = Vino.load(parts["vlm"]).mm_encoder
     reference = toy.collate("watch", [toy.draw("watch", 0, index) for index in range(3)], "cpu").references[0]
@@ -381,27 +376,17 @@ def test_the_vision_tower_sees_the_same_with_attention_in_all_frames_at_once(par
 
 
 @torch.no_grad()
-=======
->>>>>>> main
 def test_kept_encodings_give_the_loss_of_new_ones(parts, toy):
     model = Vino.load(parts["mmdit"])
     stage = replace(toy.stage, encode_once=8)
     keeping, objective = world.ToyWorld(stage, toy.config, toy.seed, model), train.Objective(model, 3.0)
     for task in ("t2v", "tiv2v"):
         samples = [keeping.draw(task, 0, index) for index in range(12)]
-<<<<<<< HEAD
-        assert {sample.number for sample in samples} < {*range(8)} or len({s.number for s in samples}) == 8
+        assert {sample.number for sample in samples} <= {*range(8)}
         again = [sample._replace(number=None) for sample in samples]
         batches = [keeping.collate(task, chosen, "cpu") for chosen in (samples, samples[::-1], again)]
         losses = [objective(replace(batch, key=("test",))) for batch in batches]
         torch.testing.assert_close(losses[0], losses[2])
-=======
-        assert {sample.number for sample in samples} == {*range(8)}
-        again = [sample._replace(number=None) for sample in samples]
-        batches = [keeping.collate(task, chosen, "cpu") for chosen in (samples, samples[::-1], again)]
-        losses = [objective(replace(batch, key=("test",))) for batch in (batches[0], batches[2])]
-        torch.testing.assert_close(*losses)
->>>>>>> main
         assert batches[1].latents is not None and batches[2].latents is None
 
 
