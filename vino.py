@@ -43,8 +43,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -1207,21 +1205,48 @@ class Vino(nn.Module):
 
     def offload(self, device):
         """Move to a GPU that cannot hold all weights. Those of the MMDiT's blocks and of the VLM's layers
-        stay in the host's memory, and FSDP copies them to the GPU one at a time."""
-        if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-        # Under torchrun each process offloads for itself: its mesh, "alone", has one GPU.
-        meshes = init_device_mesh("cuda", (dist.get_world_size(), 1), mesh_dim_names=("all", "alone"))
-        vlm = self.mm_encoder.mm_encoder.model
-        layers = [*vlm.visual.blocks, *vlm.language_model.layers, *self.transformer.blocks()]
-        options = {"mesh": meshes["alone"], "reshard_after_forward": True}
-        with torch.cuda.device(device):  # FSDP takes the current one
-            for layer in layers:
-                fully_shard(layer, offload_policy=CPUOffloadPolicy(), **options)
-        visitors = {parameter for layer in layers for parameter in layer.parameters()}
+        stay in the host's memory, from where they visit the GPU in turn."""
+        vlm, visitors = self.mm_encoder.mm_encoder.model, set()
+        for layers in (vlm.visual.blocks, vlm.language_model.layers, self.transformer.blocks()):
+            visitors |= Visits(layers, device).hosts.keys()
         for tensor in [*self.parameters(), *self.buffers()]:
             if tensor not in visitors:
                 tensor.data = tensor.data.to(device)
+
+
+class Visits:
+    """Layers that run one after the other, with weights in the host's pinned memory. While one layer
+    computes, the next one's weights travel to the GPU."""
+
+    def __init__(self, layers, device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.hosts = {}
+        for layer, following in zip(layers, [*layers[1:], None]):
+            for parameter in layer.parameters():
+                parameter.data = self.hosts[parameter] = parameter.data.pin_memory()
+            layer.register_forward_pre_hook(partial(self.enter, following))
+            layer.register_forward_hook(self.leave)
+        self.left = torch.cuda.Event()
+
+    def fetch(self, layer):
+        with torch.cuda.stream(self.stream):
+            for parameter in layer.parameters():
+                if not parameter.is_cuda:
+                    parameter.data = self.hosts[parameter].to(self.device, non_blocking=True)
+
+    def enter(self, following, layer, inputs):
+        self.fetch(layer)  # the first layer; the others have been fetched by the one before
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        if following is not None:
+            self.fetch(following)
+
+    def leave(self, layer, inputs, output):
+        stream = torch.cuda.current_stream(self.device)
+        for parameter in layer.parameters():
+            parameter.data.record_stream(stream)
+            parameter.data = self.hosts[parameter]
+        self.left.synchronize()  # Python may run one layer ahead of the GPU, or all would visit it at once
+        self.left.record(stream)
 
 
 # --- 7. Several GPUs for one sample -------------------------------------------------------------------------
@@ -1623,7 +1648,10 @@ def open_weights(weights, config, device):
 
 
 def random_tensors(expected, device, dtype):
-    """A stream for `Vino.fill`: variance-preserving matrices and kernels, norms near 1, biases near 0."""
+    """A stream for `Vino.fill`: variance-preserving matrices and kernels, norms near 1, biases near 0. A GPU
+    draws them if there is one, also for the host: the full size takes a CPU minutes."""
+    if torch.device(device).type == "cpu" and torch.cuda.is_available():
+        device = "cuda"
     generator = torch.Generator(device).manual_seed(0)
     for name, tensor in expected.items():
         x = torch.randn(tensor.shape, generator=generator, device=device, dtype=dtype)
