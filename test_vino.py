@@ -28,6 +28,7 @@ from unittest.mock import Mock, patch
 # Before torch starts: idle threads that sleep leave a busy machine to those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
@@ -867,13 +868,14 @@ def test_config_errors_name_the_field_or_the_line(tmp_path):
 
 def film(path, frames):
     """Write uint8 frames [T, H, W, 3] without loss, 8 a second."""
-    with vino.imageio.imopen(path, "w", plugin="pyav") as file:
+    with imageio.imopen(path, "w", plugin="pyav") as file:
         file.write(frames, codec="ffv1", fps=8, out_pixel_format="bgr0")
 
 
-def test_clips_are_decoded_at_their_own_size_or_scaled_by_the_decoder(tmp_path):
+def test_clips_are_decoded_at_their_own_size_or_scaled_by_the_decoder(tmp_path, monkeypatch):
     frames = np.random.default_rng(0).integers(0, 255, (9, 40, 60, 3), dtype=np.uint8)
     film(tmp_path / "clip.mkv", frames)
+    monkeypatch.setattr(gc, "collect", None)  # all threads would wait for it
     assert np.array_equal(np.stack(list(vino.read_frames(tmp_path / "clip.mkv"))), frames)
     scaled = np.stack(list(vino.read_frames(tmp_path / "clip.mkv", area=20 * 30)))
     assert scaled.shape == (9, 20, 30, 3)
@@ -1224,7 +1226,7 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones_over_33_000_tokens():
         assert wanted is None or (actual - wanted).norm() <= 1e-3 * wanted.norm() + 1e-9
 
 
-def test_training_leaves_cudnn_to_long_sequences_and_the_vlm_leaves_it_out(small_config, monkeypatch):
+def test_neither_training_nor_the_vlm_uses_cudnn(small_config, monkeypatch):
     allowed, sdpa = [], F.scaled_dot_product_attention
 
     def watch(q, *inputs, **more):
@@ -1232,12 +1234,11 @@ def test_training_leaves_cudnn_to_long_sequences_and_the_vlm_leaves_it_out(small
         return q
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
-    short, long = (torch.zeros(1, length, 1, 1) for length in (100, 10_000))
-    for x in (short, long):
-        vino.attend(x, x, x)
+    x = torch.zeros(1, 10_000, 1, 1)
+    vino.attend(x, x, x)
     with torch.no_grad():
-        vino.attend(short, short, short)
-    assert allowed == [False, True, True]
+        vino.attend(x, x, x)
+    assert allowed == [False, True]
     monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
     encoder, allowed = Vino.load("random", Config.from_file(small_config)).mm_encoder, []
     layer = encoder.mm_encoder.model.language_model.layers[0]
@@ -1664,7 +1665,7 @@ def shape(path):
     """(frames, height, width) of a picture or a clip."""
     if path.suffix == ".png":
         return (1, *Image.open(path).size[::-1])
-    return vino.imageio.imread(path, plugin="pyav").shape[:3]
+    return imageio.imread(path, plugin="pyav").shape[:3]
 
 
 def test_the_same_command_on_a_fresh_machine_makes_its_picture_each_time_and_warns_of_nothing(tmp_path):
@@ -1720,7 +1721,7 @@ def test_a_task_file_makes_all_nine_tasks_and_names_the_items_that_fail(media, c
     assert [call.kwargs["base"] for call in generate.mock_calls] == [False] * 4 + [True] + [False] * 4
     made = {path.stem: shape(path) for path in Path("results").iterdir()}
     assert made == {index: size for index, *_, size in items if size}
-    kind = vino.imageio.immeta("results/camera.mp4", plugin="pyav")
+    kind = imageio.immeta("results/camera.mp4", plugin="pyav")
     assert (kind["codec"], kind["video_format"], kind["fps"]) == ("h264", "yuv420p", 8)
 
 
@@ -1766,7 +1767,7 @@ def test_results_carry_command_seed_and_prompt(media):
     for name, frames in (("a.png", "1"), ("a.gif", "5"), ("a.mp4", "5")):
         assert sample_py("--prompt", "<|im_end|> é", "--seed", "7", "--frames", frames, "--out", name) == 0
         is_clip = name.endswith("mp4")
-        text = vino.imageio.immeta(name, plugin="pyav") if is_clip else Image.open(name).info
+        text = imageio.immeta(name, plugin="pyav") if is_clip else Image.open(name).info
         facts = json.loads(text["comment"])
         assert (facts["seed"], facts["prompt"]) == (7, "<|im_end|> é")
         assert facts["command"].startswith("python sample.py") and f"--out {name}" in facts["command"]

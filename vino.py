@@ -31,7 +31,7 @@ from functools import lru_cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
 
-import imageio.v3 as imageio
+import av
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -464,9 +464,9 @@ def attend(q, k, v, rope=None, mask=None):
     if mask is not None:
         mask = mask[:, None, None]  # [B, heads, queries, keys]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, head]
-    # cuDNN's kernel, the fastest, is for sampling and long sequences: training sees a new length every step.
-    any_length = torch.is_grad_enabled() and q.shape[2] < 8192
-    with sdpa_kernel(ANY_LENGTH) if any_length else nullcontext():
+    # cuDNN's kernel, the fastest, is for sampling. It plans each new length anew, and up to torch 2.13 takes
+    # the gradient of one block for one of another layout (pytorch pull request 191576): it gets wrong.
+    with sdpa_kernel(ANY_LENGTH) if torch.is_grad_enabled() else nullcontext():
         x = F.scaled_dot_product_attention(q, k, v, mask)
     return x.transpose(1, 2).flatten(2)
 
@@ -1478,23 +1478,13 @@ def read_image(path):
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def probe(path):
-    """Height and width of a clip's upright frames, and how many quarter turns make its frames upright."""
-    with imageio.imopen(path, "r", plugin="pyav") as file:
-        height, width = file.properties(0).shape[:2]
-        matrix = file.metadata(0).get("DISPLAYMATRIX")
-    if matrix is None:
-        return height, width, 0
-    a, b = np.frombuffer(matrix, np.int32)[:2] / 2**16  # cosine and sine of a turn to the right
-    turns = round(-math.atan2(b, a) / (math.pi / 2)) % 4
-    return (height, width, turns) if turns % 2 == 0 else (width, height, turns)
-
-
 @contextmanager
 def decoding(path):
     """Turn any decoder's error into an InputError."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # decoders fail in many ways
         raise InputError(f"{path} is not a video, or is cut short") from error
 
@@ -1502,18 +1492,35 @@ def decoding(path):
 def read_frames(path, area=None):
     """The frames of the clip at `path`, one after the other: uint8 [H, W, 3], upright. With `area` the
     decoder scales them to so many pixels at the clip's own aspect ratio (ffmpeg's bilinear filter)."""
-    path, filters = existing(path), None
-    with decoding(path):
-        height, width, turns = probe(path)
-    if area:
-        h, w = video_size(width, height, area)
-        if min(h, w) < 16:
-            raise InputError(f"{path}: {width} x {height} is too narrow: one side gets less than 16 pixels")
-        scale = f"{w}:{h}" if turns % 2 == 0 else f"{h}:{w}"
-        filters = [("scale", f"{scale}:flags=bilinear"), ("format", "rgb24")]
-    with decoding(path), imageio.imopen(path, "r", plugin="pyav") as file:
-        for frame in file.iter(format="rgb24", filter_sequence=filters):
-            yield np.rot90(frame, turns)
+    path, scale = existing(path), None
+    # Not with imageio, which collects garbage after each file: a training step waits a second for that.
+    with decoding(path), av.open(str(path)) as file:
+        for frame in file.decode(video=0):
+            turns = round(frame.rotation / 90)  # to the left
+            if area and not scale:
+                sideways = turns % 2
+                upright = (frame.height, frame.width) if sideways else (frame.width, frame.height)
+                size = video_size(*upright, area)
+                if min(size) < 16:
+                    shape = f"{upright[0]} x {upright[1]}"
+                    raise InputError(f"{path}: {shape} is too narrow: one side gets less than 16 pixels")
+                scale = scaler(file.streams.video[0], *(size[::-1] if sideways else size))
+            frame = scale(frame) if scale else frame
+            yield np.rot90(frame.to_ndarray(format="rgb24"), turns)
+
+
+def scaler(stream, height, width):
+    """ffmpeg's bilinear filter as a function of a stream's frames."""
+    graph = av.filter.Graph()
+    source, sink = graph.add_buffer(template=stream), graph.add("buffersink")
+    scale = graph.add("scale", f"{width}:{height}:flags=bilinear")
+    graph.link_nodes(source, scale, graph.add("format", "rgb24"), sink).configure()
+
+    def filtered(frame):
+        graph.push(frame)
+        return graph.pull()
+
+    return filtered
 
 
 def read_video(path, frames, area, config, length=None):
