@@ -3,7 +3,6 @@
     python sample.py --prompt "a large red circle"
     python sample.py --help
 
-From top to bottom: arguments, jobs, from the references to the files, --explain, --profile, main.
 What the user gets wrong is one line on stderr and exit status 2, and found before the model is loaded.
 `torchrun --nproc-per-node N sample.py ...` spreads each sample over N GPUs.
 """
@@ -41,6 +40,7 @@ except KeyboardInterrupt:  # the imports take seconds
     print("sample.py: stopped", file=sys.stderr)
     sys.exit(130)
 
+MISTAKES = (InputError, OSError, torch.OutOfMemoryError)  # the user's: one line tells them
 HERE = Path(__file__).parent
 TINY = HERE / "assets" / "tiny.safetensors"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
@@ -69,9 +69,7 @@ examples:
   python sample.py --prompt "Put the hat of Image 1 on the man in Image 2." --image hat.jpg man.jpg --base
 """
 
-# ----------------------------------------------------------------------------------------------------------
-# Arguments
-# ----------------------------------------------------------------------------------------------------------
+# --- Arguments ----------------------------------------------------------------------------------------------
 
 
 def say(*lines):
@@ -98,7 +96,7 @@ class Parser(argparse.ArgumentParser):
     """One that reports an error in a single line."""
 
     def error(self, message):
-        line = " ".join(str(message).split())[:600]
+        line = " ".join(message.split())[:600]
         say(f"sample.py: error: {line}")
         sys.exit(2)
 
@@ -106,8 +104,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser():
     parser = Parser("sample.py", USAGE, epilog=EPILOG, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    side, scale = bounded(int, 16, 10**6), bounded(float, 0, 1000)
-    yes_or_no = argparse.BooleanOptionalAction
+    side, scale = bounded(int, 16, 4096), bounded(float, 0, 1000)
 
     add = parser.add_argument_group("what to make").add_argument
     add("--prompt", metavar="TEXT", help="what to make, or what to change")
@@ -115,7 +112,7 @@ def build_parser():
     add("--video", metavar="FILE", help="Video 1")
     add("--base", action="store_true", help="the last image is the one to edit, the others guide the edit")
     expand = "let the VLM turn the prompt into a caption first (default: the config's, without references)"
-    add("--rewrite", action=yes_or_no, help=expand)
+    add("--rewrite", action=argparse.BooleanOptionalAction, help=expand)
     add("--tasks", metavar="FILE", help="many of these from a .json in the release's format")
     add("--rewrite-only", action="store_true", help="write the task file again, with the VLM's captions")
 
@@ -142,7 +139,7 @@ def build_parser():
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, on a cpu float32")
     add("--offload", action="store_true", help="keep most weights in the host's memory: for a small GPU")
-    add("--compile", action=yes_or_no, help="torch.compile (default: where it pays)")
+    add("--compile", action="store_true", help="torch.compile: a minute first, then faster; for clips")
     add("--profile", action="store_true", help="at the end print where time and memory went")
     add("--explain", action="store_true", help="only print the packed sequence: figure 5 for this call")
     return parser
@@ -208,9 +205,7 @@ def choose_weights(args):
     return weights, config or Config(), vino.read_tokenizer(folder)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Jobs
-# ----------------------------------------------------------------------------------------------------------
+# --- Jobs ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -303,64 +298,30 @@ def checked(job):
     return job
 
 
-# ----------------------------------------------------------------------------------------------------------
-# From the references to the files
-# ----------------------------------------------------------------------------------------------------------
-
-
-def requested_size(job, args, sampling):
-    """(frames, height, width) that a job asks for. `sampling` is a SamplingConfig."""
-    is_video = job.task.endswith("v")
-    default = sampling.video_size if is_video else sampling.image_size
-    height, width = [args.height, args.width] if args.height else default
-    return (args.frames or sampling.frames) if is_video else 1, height, width
+# --- From the references to the files -----------------------------------------------------------------------
 
 
 def prepare(job, args, config):
     """Read the references and settle the size of the result -> (images, video, (frames, height, width)).
 
     An edit has the shape of what it edits; --height and --width are then its area."""
-    sampling = config.sampling
-    frames, *size = requested_size(job, args, sampling)
-    if job.task.endswith("v") and frames == 1:
+    sampling, is_video = config.sampling, job.task.endswith("v")
+    frames = (args.frames or sampling.frames) if is_video else 1
+    size = sampling.video_size if is_video else sampling.image_size
+    if args.height:
+        size = (args.height, args.width)
+    if is_video and frames == 1:
         raise InputError(f"--frames 1 is an image, and {TASKS[job.task]} makes a video")
     if len(job.images) > sampling.max_images:
         raise InputError(f"{len(job.images)} images, and the config allows {sampling.max_images}")
-    check_memory((frames, *size), args, config.mmdit)
     is_edit = job.task not in ("t2i", "t2v", "ti2v")
     area = math.prod(size) if args.height and is_edit else sampling.reference_area
     images = [Reference.image(vino.read_image(path), area, config.vision) for path in job.images]
     video = vino.read_video(job.video, frames, area, config.vision) if job.video else None
     if is_edit:
         size = (video or images[-1]).pixels.shape[3:]
-        check_memory((frames, *size), args, config.mmdit)  # a very wide picture is larger than asked for
     frames = video.pixels.shape[2] if video else frames
     return images, video, (frames, *size)
-
-
-def check_memory(size, args, mmdit):
-    """Refuse a result that cannot fit. A lower bound: the widest point of a single-stream block (its input as
-    it is and modulated, attention, and the feed-forward's activation with its input), and the pixels."""
-    tokens = ((size[0] - 1) // 4 + 1) * size[1] * size[2] // 256 // WORLD
-    need = tokens * mmdit.width * (3 + 2 * mmdit.mlp_ratio) * args.dtype.itemsize + 12 * math.prod(size)
-    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if args.device.startswith("cuda"):
-        have = torch.cuda.get_device_properties(args.device).total_memory
-    if need > have:
-        shape = f"{size} (frames, height, width)"
-        raise InputError(f"{shape} needs over {need / 2**30:.0f} of {have / 2**30:.0f} GiB of memory")
-
-
-def pays_to_compile(jobs, args, config):
-    """Does torch.compile save more than the 20 seconds it takes? On an H100 it saves the full size about 11
-    microseconds for each token of a forward, and smaller models in proportion to width and depth."""
-    tokens = 0
-    for job in jobs:
-        frames, height, width = requested_size(job, args, config.sampling)
-        forwards = 2 * len(job.outputs) * (args.steps or config.sampling.steps)  # two guidance branches
-        tokens += forwards * ((frames - 1) // 4 + 1) * height * width // 256
-    depth = config.mmdit.num_layers + config.mmdit.num_single_layers
-    return 11e-6 * tokens * (config.mmdit.width * depth) / (3072 * 60) > 20
 
 
 def strange_words(prompt, tokenizer):
@@ -388,19 +349,13 @@ def notices(job, tokenizer, images, video):
         yield f"the prompt names {name}, which is not given"
 
 
-class OutOfMemory(InputError):
-    """What a process cannot go on from if others wait for it."""
-
-
-@contextmanager
-def telling_what_is_too_large(what, device):
-    """Make one line of running out of memory."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        raise OutOfMemory(f"too large for the memory of {device}: {what}") from error
+def problem(error):
+    """What to tell the user of an error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "too large for the GPU's memory: try --offload, fewer --frames, or a smaller --height and --width"
+        )
+    return str(error)
 
 
 def run(job, args, config, tokenizer, load):
@@ -419,15 +374,13 @@ def run(job, args, config, tokenizer, load):
     if args.explain:
         show(explain(job.prompt, references, size, tokenizer, config))
         return
-    told = "{} frame(s) of {} x {}".format(*size)
     for seed, path in job.outputs.items():
-        say(f"{TASKS[job.task]}: {told}, seed {seed}")
-        with telling_what_is_too_large(told, args.device):
-            pixels = load().generate(
-                [job.prompt], images, video, size=size, base=job.base, steps=args.steps, shift=args.shift,
-                cfg_text=args.cfg_text, cfg_image=args.cfg_image, negative_prompt=args.negative_prompt,
-                seed=seed, group=dist.group.WORLD if WORLD > 1 else None, progress=RANK == 0,
-            )  # fmt: skip
+        say("{}: {} frame(s) of {} x {}, seed {}".format(TASKS[job.task], *size, seed))
+        pixels = load().generate(
+            [job.prompt], images, video, size=size, base=job.base, steps=args.steps, shift=args.shift,
+            cfg_text=args.cfg_text, cfg_image=args.cfg_image, negative_prompt=args.negative_prompt,
+            seed=seed, group=dist.group.WORLD if WORLD > 1 else None, progress=RANK == 0,
+        )  # fmt: skip
         if pixels is not None:
             facts = {"command": args.command, "seed": seed, "prompt": job.prompt}
             write(path, pixels[0], config.sampling.fps, facts)
@@ -507,104 +460,72 @@ def show(text):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# --explain and --profile
-# ----------------------------------------------------------------------------------------------------------
+# --- --explain and --profile --------------------------------------------------------------------------------
 
 
 def explain(text, references, size, tokenizer, config):
     """Figure 5 for this call: the packed sequence as a table."""
-    prompt = vino.build_prompt(tokenizer, text, references, config.vision.spatial_merge_size)
+    merge = config.vision.spatial_merge_size
+    prompt = vino.build_prompts(tokenizer, [text], references, merge)
     patch, patch_t = config.mmdit.patch_size, config.mmdit.patch_size_t
-    names, pieces = [], []  # of each piece its name and its place in the VLM's sequence
+    rows, time = [("source", "tokens", "time", "in the VLM")], 0
 
-    def numbered(*grid):
-        """A piece of the sequence whose tokens hold its number."""
-        return torch.full((1, 1, *grid), float(len(names)))
-
-    def patches(frames, height, width):
-        return numbered(((frames - 1) // 4 + 1) // patch_t, height // 8 // patch, width // 8 // patch)
+    def add(name, place, pixels=None):
+        """One boundary token, or the latents of pixels of a size (frames, height, width)."""
+        nonlocal time
+        frames, tokens = 1, 1
+        if pixels:
+            frames = ((pixels[0] - 1) // 4 + 1) // patch_t
+            tokens = frames * (pixels[1] // 8 // patch) * (pixels[2] // 8 // patch)
+        rows.append((name, tokens, f"{time}-{time + frames - 1}", place))
+        time += frames
 
     for k, (reference, start, end) in enumerate(zip(references, prompt.starts, prompt.ends), 1):
-        name, first, last = "Video 1" if reference.is_video else f"Image {k}", None, None
+        name = "Video 1" if reference.is_video else f"Image {k}"
         if config.boundary_tokens:
-            first = numbered()
-            names.append((f"{name}, start token", start))
-        latents = patches(*reference.pixels.shape[2:])
-        names.append((f"{name}, latents", f"{start + 1}-{end - 1}"))
+            add(f"{name}, start token", start)
+        add(f"{name}, latents", f"{start + 1}-{end - 1}", reference.pixels.shape[2:])
         if config.boundary_tokens:
-            last = numbered()
-            names.append((f"{name}, end token", end))
-        pieces.append((first, latents, last))
-    tokens, positions = vino.pack(pieces, patches(*size))
-    names.append(("target", "-"))
-
-    rows = [("source", "tokens", "time", "in the VLM")]
-    for number, (name, place) in enumerate(names):
-        times = positions[tokens[0, :, 0] == number, 0]
-        rows.append((name, len(times), f"{times.min()}-{times.max()}", place))
-    length, queries = len(prompt.ids), config.num_queries
+            add(f"{name}, end token", end)
+    add("target", "-", size)
+    length, queries = prompt.ids.shape[1], config.num_queries
     rows.append(("prompt", length, "-", f"0-{length - 1}"))
     rows.append(("learnable queries", queries, "-", f"{length}-{length + queries - 1}" if queries else "-"))
     rows.append(("total", sum(row[1] for row in rows[1:]), "-", "-"))
     return "\n".join("{:<20}  {:>7}  {:<7}  {}".format(*row) for row in rows)
 
 
-class Profile:
-    """Seconds and peak memory of the model's parts, measured around their forward passes. The first call of
-    the MMDiT includes compiling. Memory is the GPU's, or without one the most that the process has had."""
+def watch(model, device):
+    """Measure the parts of the model around their forward passes: {name: seconds of each call}."""
+    vlm = model.mm_encoder.mm_encoder.model
+    parts = {"vision tower": vlm.visual, "language model": vlm.language_model, "MMDiT": model.transformer}
+    parts |= {"VAE, encoder": model.vae.encoder, "VAE, decoder": model.vae.decoder}
 
-    def __init__(self, device):
-        self.cuda = device.startswith("cuda")
-        self.calls = {}  # name: [(seconds, GiB) of each call]
-        self.begin = time.perf_counter()
-
-    def clock(self):
-        if self.cuda:
+    def clock():
+        if device.startswith("cuda"):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def watch(self, model):
-        vlm = model.mm_encoder.mm_encoder.model
-        parts = {
-            "vision tower": vlm.visual,
-            "language model": vlm.language_model,
-            "VAE, encoder": model.vae.encoder,
-            "MMDiT": model.transformer,
-            "VAE, decoder": model.vae.decoder,
-        }
-        for name, part in parts.items():
-            part.register_forward_pre_hook(self.enter)
-            part.register_forward_hook(functools.partial(self.leave, name))
-
-    def enter(self, module, inputs):
-        self.start = self.clock()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-
-    def leave(self, name, module, inputs, output):
-        seconds = self.clock() - self.start
-        if self.cuda:
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        self.calls.setdefault(name, []).append((seconds, peak))
-
-    def table(self):
-        rest = self.clock() - self.begin
-        lines = ["part             calls  first s  others s  peak GiB"]
-        for name, calls in self.calls.items():
-            first, total = calls[0][0], sum(seconds for seconds, _ in calls)
-            peak = max(memory for _, memory in calls)
-            lines.append(f"{name:<16} {len(calls):>5} {first:>8.2f} {total - first:>9.2f} {peak:>9.1f}")
-            rest -= total
-        return "\n".join([*lines, f"all else, with loading and writing: {rest:.2f} s"])
+    calls = {name: [] for name in parts}
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_, own=calls[name]: own.append(-clock()))
+        part.register_forward_hook(lambda *_, own=calls[name]: own.append(own.pop() + clock()))
+    return calls
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------
+def profile(calls, device):
+    """What `watch` has measured, as a table. The first call of the MMDiT includes compiling."""
+    lines = ["part             calls  first s  others s"]
+    for name, seconds in calls.items():
+        first, others = sum(seconds[:1]), sum(seconds[1:])
+        lines.append(f"{name:<16} {len(seconds):>5} {first:>8.2f} {others:>9.2f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    if device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    return "\n".join([*lines, f"most memory: {peak:.1f} GiB"])
+
+
+# --- Main ---------------------------------------------------------------------------------------------------
 
 
 def do_all(jobs, args, do):
@@ -615,10 +536,10 @@ def do_all(jobs, args, do):
         say(f"[{position}/{len(jobs)}] {name}")
         try:
             do(job)
-        except (InputError, OSError) as error:
-            if isinstance(error, OutOfMemory) and WORLD > 1:
+        except MISTAKES as error:
+            if isinstance(error, torch.OutOfMemoryError) and WORLD > 1:
                 raise  # the other processes wait in this sample, until torchrun ends them
-            failed.append(f"  {name}: {error}")
+            failed.append(f"  {name}: {problem(error)}")
     say(f"{len(failed)} of {len(jobs)} failed", *failed)
     return bool(failed)
 
@@ -644,18 +565,17 @@ def rewrite_tasks(items, jobs, args, config, load):
     return failed
 
 
-def load_model(weights, config, args, profile):
+def load_model(weights, config, args):
     """The model as the arguments want it: offloaded, compiled, without queries, watched."""
-    with telling_what_is_too_large("the weights", args.device):
-        model = Vino.load(weights, config, "cpu" if args.offload else args.device, args.dtype)
-        if args.offload:
-            model.offload(args.device)
+    model = Vino.load(weights, config, "cpu" if args.offload else args.device, args.dtype)
+    if args.offload:
+        model.offload(args.device)
     if args.no_queries:
         model.remove_queries()
     for block in model.transformer.blocks() if args.compile else ():
         block.forward = vino.compiled(block.forward)  # without hooks: these fetch offloaded weights
-    if profile:
-        profile.watch(model)
+    if args.profile:
+        args.calls = watch(model, args.device)
     return model
 
 
@@ -666,10 +586,7 @@ def work(args):
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.startswith("cuda") else "gloo")
     items, jobs = read_tasks(args) if args.tasks is not None else (None, [single_job(args)])
-    if args.compile is None:
-        args.compile = args.device.startswith("cuda") and pays_to_compile(jobs, args, config)
-    profile = Profile(args.device) if args.profile else None
-    load = functools.cache(functools.partial(load_model, weights, config, args, profile))
+    load = functools.cache(functools.partial(load_model, weights, config, args))
     failed = False
     if args.rewrite_only:
         failed = rewrite_tasks(items, jobs, args, config, load)
@@ -678,8 +595,8 @@ def work(args):
         failed = do_all(jobs, args, lambda job: run(job, args, config, tokenizer, load))
     else:
         run(jobs[0], args, config, tokenizer, load)
-    if profile and not args.explain:
-        show(profile.table())
+    if args.calls:
+        show(profile(args.calls, args.device))
     return failed
 
 
@@ -689,12 +606,12 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know the letters of a name
     parser = build_parser()
     args = parser.parse_args(argv)
-    args.command, args.notices = shlex.join(["python", "sample.py", *argv]), []
+    args.command, args.notices, args.calls = shlex.join(["python", "sample.py", *argv]), [], {}
     torch.backends.cudnn.deterministic = True  # the same command gives the same picture
     try:
         failed = work(args)
-    except (InputError, OSError) as error:
-        parser.error(error)
+    except MISTAKES as error:
+        parser.error(problem(error))
     except KeyboardInterrupt:
         say("sample.py: stopped")
         return 130

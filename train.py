@@ -4,21 +4,17 @@
     torchrun --nproc-per-node 8 train.py --stage 3 --weights FOLDER --data samples.jsonl
 
     1. Table 1            hyperparameters of the three stages
-    2. Tasks              (figure 6, appendix B)  what is learned when, condition dropout
-    3. Samples            (3.1)  what fits into a local batch of 1; samples from files
-    4. The loss           (appendix B)
-    5. Memory, many GPUs  (3.1)  gradient checkpointing, ZeRO-2, averaged weights
+    2. Tasks              figure 6, appendix B: what is learned when, condition dropout
+    3. Samples            3.1: what fits into a local batch of 1; samples from files
+    4. The loss           appendix B
+    5. Memory, many GPUs  3.1: gradient checkpointing, ZeRO-2, averaged weights
     6. The loop
-    7. Checkpoints        all that a run needs to go on exactly where it stopped, and its export
-    8. Watching           validation, pictures, curves
+    7. Checkpoints        and the export: averaged weights (EMA), which the next stage starts from
+    8. Validation         losses and a picture
     9. The command line
 
-Stages 2 and 3 start from what the stage before has exported: its averaged weights (EMA), where table 1 has a
-decay, else the last step's.
-
-No random generator lives on from step to step: each choice is drawn from a generator of its own, seeded with
-what it is for (the run's seed, the step, the sample's number). So a run that is resumed, or spread over more
-processes, sees the same samples and the same noise.
+Each random choice has a generator of its own, seeded with what it is for (the run's seed, the step, the
+local batch): a run that is resumed, or spread over more processes, sees the same samples and noise.
 """
 
 import argparse
@@ -31,12 +27,11 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
-from itertools import chain, islice
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from types import MethodType
 
@@ -77,12 +72,10 @@ def say(text):
 
 
 def one_line(error):
-    return " ".join(str(error).split())
+    return " ".join(str(error).split())[-200:]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 1. Table 1
-# ----------------------------------------------------------------------------------------------------------
+# --- 1. Table 1 ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -109,6 +102,9 @@ class Stage:
     latent_frames: int = 30  # how many fit with a local batch of 1, references included (3.1)
     warmup: int = 0  # steps in which the learning rate rises from 0
     cooldown: int = 0  # steps at the end in which it falls to 0
+    encode_once: int = (
+        0  # toy world on a GPU: samples of a layout, whose frozen encodings are kept; 0: no end
+    )
 
 
 ALIGN = ["connectors", "learnable tokens"]
@@ -153,8 +149,7 @@ def adjust(stage, arguments):
     for f in fields(Stage):
         least, most = LIMITS.get(f.name, (0, math.inf))
         if f.type in (int, float) and not least <= getattr(stage, f.name) <= most:  # nan is not
-            limit = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
-            raise InputError(f"field '{f.name}' should be {limit}")
+            raise InputError(f"field '{f.name}' should be at least {least} and at most {most}")
     if stage.steps < planned:  # a shorter run warms up, cools down and averages over fewer steps
         stage.warmup = given.get("warmup", min(stage.warmup, stage.steps // 10))
         stage.cooldown = given.get("cooldown", min(stage.cooldown, stage.steps // 4))
@@ -175,9 +170,7 @@ def learning_rate(stage, step):
     return stage.lr * min(1, step / max(1, stage.warmup), left / max(1, stage.cooldown))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 2. Tasks, how often each stage draws them, and condition dropout (figure 6, appendix B)
-# ----------------------------------------------------------------------------------------------------------
+# --- 2. Tasks, how often each stage draws them, and condition dropout (figure 6, appendix B) ----------------
 
 
 @dataclass
@@ -222,8 +215,8 @@ class Batch:
     references: list  # References of batch size B: images, then the video
     target: Tensor  # [B, 3, T, H, W] in [-1, 1]
     answers: list = field(default_factory=list)  # the target in words; the toy world has them
-    keys: list = field(default_factory=list)  # for each sample, what its noise and its dropout are drawn from
-    broken: list = field(default_factory=list)  # (line, problem) of unreadable samples that this one replaces
+    key: tuple = ()  # what its noise and its dropout are drawn from
+    latents: Tensor | None = None  # of the target, if known; the references are then EncodedReferences
 
 
 def chance(*key):
@@ -236,24 +229,22 @@ def drop_conditions(batch, seed, step, stage):
     (appendix B). The text of each sample has a choice of its own, the images and the video of each process's
     batch. With many images these share the step's choice: all processes have equally much to do."""
     images = sum(not reference.is_video for reference in batch.references)
-    key = (seed, step) if images > stage.sync_drop_images else batch.keys[0]
+    key = (seed, step) if images > stage.sync_drop_images else batch.key
     choice = chance(*key, "references")
     no_images = choice.random() < stage.drop
     no_video = choice.random() < stage.drop
     references = [r for r in batch.references if not (no_video if r.is_video else no_images)]
-    prompts = []
-    for key, long, short in zip(batch.keys, batch.prompts, batch.short_prompts):
-        choice = chance(*key, "text")
+    choice, prompts = chance(*batch.key, "text"), []
+    for long, short in zip(batch.prompts, batch.short_prompts):
         prompt = short if choice.random() < stage.short else long
         prompts.append("" if choice.random() < stage.drop else prompt)
     return replace(batch, prompts=prompts, references=references)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 3. Samples (3.1): what fits into a local batch of 1; samples from files
-# ----------------------------------------------------------------------------------------------------------
+# --- 3. Samples (3.1): what fits into a local batch of 1; samples from files --------------------------------
 
 UNREADABLE = (OSError, ValueError)  # what Pillow and vino raise at a bad file
+VALIDATION, PICTURE_STEPS = 4, 20  # fixed samples of each task, and the sampler's steps for their picture
 
 
 class Source:
@@ -299,8 +290,7 @@ class Manifest(Source):
         if stage.batch != 1:
             raise InputError(f"--data takes --batch 1, and {stage.batch} is given: use --accumulate")
         self.path = Path(path)
-        self.broken = {}  # line: problem
-        self.orders = {}  # of each task: its present epoch, and its entries in that one's order
+        self.broken = set()  # lines
         entries = self.read_entries()
         self.count = len(entries)
         self.held, self.entries = {}, {}  # of each task: for validation, for training
@@ -324,18 +314,15 @@ class Manifest(Source):
             if line.strip():
                 try:
                     entries.append(self.read_entry(line))
-                except InputError as error:
-                    raise InputError(f"{self.path}, line {number}: {error}") from error
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{self.path}, line {number}: {one_line(error)}") from error
                 entries[-1].line = number
         return entries
 
     def read_entry(self, line):
         """A manifest's line as an Entry, if it has what its task needs."""
-        try:
-            given = json.loads(line)
-            json.dumps(given, ensure_ascii=False).encode()  # fails where a string ends in half a character
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"not JSON ({one_line(error)})") from error
+        given = json.loads(line)
+        json.dumps(given, ensure_ascii=False).encode()  # fails where a string ends in half a character
         entry = Entry()
         override(entry, given, "")
         for name in ("task", "prompt", "target"):
@@ -355,28 +342,34 @@ class Manifest(Source):
         return entry
 
     def draw(self, task, position, index):
-        """A Batch of one; an unreadable sample is replaced by the next one."""
+        """A Batch of one. The next sample stands in for one that cannot be read."""
         if index < 0:
-            place = (-1 - index) % len(self.held[task])
+            place = -1 - index
             order = [*self.held[task], *self.entries[task]]
         else:
             epoch, place = divmod(index, len(self.entries[task]))
             order = self.shuffled(task, epoch)
-        broken = []
-        for entry in chain(order[place:], order[:place]):
+        for offset in range(len(order)):
+            entry = order[(place + offset) % len(order)]
             try:
-                return replace(self.load(entry), broken=broken)
+                return self.load(entry)
             except UNREADABLE as error:
-                broken.append((entry.line, one_line(error)))
-        line, problem = broken[0]
-        raise InputError(f"{self.path}: no sample of '{task}' can be read (line {line}: {problem})")
+                self.report(entry.line, one_line(error))
+        raise InputError(f"{self.path}: no sample of '{task}' can be read")
 
+    @lru_cache(maxsize=32)  # an epoch's order serves all its draws
     def shuffled(self, task, epoch):
-        """A task's entries in the order of an epoch, which is kept until the next one."""
-        if self.orders.get(task, (None,))[0] != epoch:
-            own = self.entries[task]
-            self.orders[task] = epoch, chance(self.seed, task, "epoch", epoch).sample(own, len(own))
-        return self.orders[task][1]
+        own = self.entries[task]
+        return chance(self.seed, task, "epoch", epoch).sample(own, len(own))
+
+    def report(self, line, problem):
+        """Report an unreadable sample, once. More than 1% of them end the run."""
+        if line not in self.broken:
+            tqdm.write(f"{self.path}, line {line}: skipped: {problem}", file=sys.stderr)
+        self.broken.add(line)
+        if len(self.broken) > self.count / 100:
+            share = f"{len(self.broken)} of {self.count} samples cannot be read, more than 1%"
+            raise InputError(f"{self.path}: {share}; the last is line {line}: {problem}")
 
     def load(self, entry):
         """Decode a line -> Batch of one, at the stage's area and its own aspect ratio, with 4k + 1 frames."""
@@ -391,15 +384,8 @@ class Manifest(Source):
         return Batch(entry.task, [entry.prompt], [entry.short_prompt or entry.prompt], references, target)
 
     def collate(self, task, samples, device):
-        """The Batch of the one sample. Unreadable ones are reported, once each; more than 1% end the run."""
+        """The Batch of the one sample, on the device."""
         [batch] = samples
-        for line, problem in batch.broken:
-            if line not in self.broken:
-                self.broken[line] = problem
-                tqdm.write(f"{self.path}, line {line}: skipped: {problem}", file=sys.stderr)
-            if len(self.broken) > self.count / 100:
-                share = f"{len(self.broken)} of {self.count} samples cannot be read, more than 1%"
-                raise InputError(f"{self.path}: {share}; the last is line {line}: {problem}")
         return replace(batch, target=batch.target.to(device))
 
 
@@ -417,19 +403,14 @@ def read_target(path, frames, area, framed):
     return normalize(to_frames(crop16(clip)))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 4. The loss (appendix B)
-# ----------------------------------------------------------------------------------------------------------
+# --- 4. The loss (appendix B) -------------------------------------------------------------------------------
 
 
-def draw_noise(keys, shape):
-    """Uniform times [B] and noise [B, *shape]: for each sample from a generator of its own."""
-    times, noises, generator = torch.empty(len(keys)), torch.empty(len(keys), *shape), torch.Generator()
-    for key, u, noise in zip(keys, times, noises):
-        generator.manual_seed(chance(*key, "noise").getrandbits(63))
-        u.uniform_(generator=generator)
-        noise.normal_(generator=generator)
-    return times, noises
+def draw_noise(key, data):
+    """Uniform times [B] and noise like the latents `data`: the same for the same key."""
+    generator = torch.Generator(data.device).manual_seed(chance(*key, "noise").getrandbits(63))
+    times = torch.rand(len(data), generator=generator, device=data.device)
+    return times, torch.randn(data.shape, generator=generator, device=data.device)
 
 
 class Objective(nn.Module):
@@ -442,19 +423,26 @@ class Objective(nn.Module):
 
     def forward(self, batch, picture=False):
         """The loss of each sample, [B]; or, to look at, what `picture` gives."""
-        with torch.autocast(batch.target.device.type, self.autocast) if self.autocast else nullcontext():
+        device = self.vino.mm_encoder.metaquery.device.type
+        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
             return self.picture(batch) if picture else self.loss(batch) + self.zero()
 
     def loss(self, batch):
         """Rectified flow on the target's tokens: [B]."""
-        with torch.no_grad():
-            data = self.vino.vae.encode(batch.target).float()  # the posterior's mean, [B, C, T, H, W]
-        u, noise = draw_noise(batch.keys, data.shape[1:])
+        data = self.latents(batch)
+        u, noise = draw_noise(batch.key, data)
         velocity = partial(self.vino.velocity, condition=self.condition(batch))
-        return flow_loss(velocity, data, noise.to(data.device), u.to(data.device), self.shift)
+        return flow_loss(velocity, data, noise, u, self.shift)
+
+    @torch.no_grad()
+    def latents(self, batch):
+        """The target's, [B, C, T, H, W]: the posterior's mean."""
+        return (self.vino.vae.encode(batch.target) if batch.latents is None else batch.latents).float()
 
     def condition(self, batch):
-        references = [self.vino.encode(reference) for reference in batch.references]
+        references = batch.references
+        if batch.latents is None:
+            references = [self.vino.encode(reference) for reference in references]
         # Reconstruction bypasses the VAE: the MMDiT has to find the image in what the VLM says.
         return self.vino.mm_encoder(batch.prompts, references, vae_branch=batch.task != "reconstruction")
 
@@ -470,15 +458,12 @@ class Objective(nn.Module):
     def picture(self, batch):
         """What the model makes of a batch, without guidance -> pixels [B, 3, T, H, W] and B texts."""
         velocity = partial(self.vino.velocity, condition=self.condition(batch))
-        shape = self.vino.vae.encode(batch.target).shape[1:]
-        noise = draw_noise(batch.keys, shape)[1].to(batch.target.device)
+        _, noise = draw_noise(batch.key, self.latents(batch))
         latents = sample(velocity, noise, PICTURE_STEPS, self.shift)
         return self.vino.vae.decode(latents).float(), batch.prompts
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 5. Memory, and many GPUs (3.1): gradient checkpointing, DDP, ZeRO-2, FSDP, averaged weights
-# ----------------------------------------------------------------------------------------------------------
+# --- 5. Memory, and many GPUs (3.1): gradient checkpointing, DDP, ZeRO-2, FSDP, averaged weights ------------
 
 KERNELS = [  # of attention
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
@@ -577,9 +562,7 @@ class Averages:
                     average.copy_(visitor)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 6. The loop
-# ----------------------------------------------------------------------------------------------------------
+# --- 6. The loop --------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -626,7 +609,7 @@ class Run:
         """Samples -> Batch, with its conditions dropped."""
         batch = self.source.collate(task, samples, self.device)
         first = (micro * WORLD + RANK) * len(samples)
-        batch.keys = [(self.args.seed, self.step, first + index) for index in range(len(samples))]
+        batch.key = (self.args.seed, self.step, first)
         return drop_conditions(batch, self.args.seed, self.step, self.stage)
 
     def clip_gradients(self):
@@ -703,8 +686,7 @@ def train(run):
             record |= {"samples": run.step_size, "seconds": time.perf_counter() - begin}
             run.log(record | {"peak_mib": peak_memory(run.device)})
             speed = f"{run.step_size / record['seconds']:.1f} samples/s"
-            skipped = "" if finite else ", skipped"
-            bar.set_postfix_str(f"{task} loss {loss:.4f}, |g| {norm:.2f}, {speed}{skipped}")
+            bar.set_postfix_str(f"{task} loss {loss:.4f}, |g| {norm:.2f}, {speed}")
             bar.update()
 
             last = run.step == stage.steps
@@ -730,18 +712,15 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 7. Checkpoints and the export
-# ----------------------------------------------------------------------------------------------------------
+# --- 7. Checkpoints and the export --------------------------------------------------------------------------
 
 
 def identity(run):
     """What a checkpoint has in common with the run that continues it."""
-    config = asdict(run.vino.config)
-    parts = ("text", "vision", "mmdit", "vae", "num_queries", "boundary_tokens")
     own = {"stage": run.args.stage, "seed": run.args.seed, "data": run.args.data}
     own |= {"trainable": run.stage.trainable, "has_ema": run.stage.ema > 0}
-    return own | {name: config[name] for name in parts}
+    config = asdict(run.vino.config)
+    return own | {name: part for name, part in config.items() if name not in ("sampling", "training")}
 
 
 def save(run):
@@ -763,7 +742,7 @@ def save(run):
         if RANK == 0:
             (partial / "state.json").write_text(json.dumps(state, indent=1))
     except (OSError, SafetensorError) as error:
-        problem = one_line(error)[-200:]
+        problem = one_line(error)
     if sum(sums(bool(problem))):
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(run.out).free >> 20
@@ -804,7 +783,7 @@ def restore(run, path):
         run.step, run.drawn = saved["step"], run.drawn | saved["drawn"]
     except (AttributeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         advice = "if it is damaged, remove it, and --resume takes the one before"
-        raise InputError(f"cannot read {path}: {one_line(error)[-200:]}; {advice}") from error
+        raise InputError(f"cannot read {path}: {one_line(error)}; {advice}") from error
 
 
 def complete_checkpoints(out):
@@ -815,7 +794,7 @@ def complete_checkpoints(out):
 @torch.no_grad()
 def export(run):
     """One file for `sample.py --weights` and the next stage: averaged weights where there are any, in the
-    type that the model computes in. And the curves."""
+    type that the model computes in."""
     path, tensors = run.out / "final.safetensors", {}
     for name, tensor in run.vino.saved_tensors().items():
         average = run.averages.tensors.get(name)
@@ -828,49 +807,40 @@ def export(run):
         except (OSError, SafetensorError) as error:
             advice = "the last checkpoint has it all: make room, then --resume"
             raise InputError(f"cannot write {path} ({error}); {advice}") from error
-        tasks = defaultdict(list)
-        for record in read_losses(run.out):
-            tasks[record["task"]].append(record)
-        if tasks:
-            chart(dict(sorted(tasks.items())), "loss", "loss").save(run.out / "loss.png")
     say(f"wrote {path}: python sample.py --weights {path}")
     sums(0)  # nobody goes on before the file is there
 
 
-# ----------------------------------------------------------------------------------------------------------
-# 8. Watching: validation, pictures, curves
-# ----------------------------------------------------------------------------------------------------------
-
-VALIDATION = 4  # fixed samples of each task, with fixed noise
-PICTURE_STEPS = 20
+# --- 8. Validation: losses and a picture --------------------------------------------------------------------
 
 
 @torch.no_grad()
 def validate(run):
-    """Loss of each task on fixed samples with fixed noise, and a picture: inputs, target, output."""
+    """Loss of each task on fixed samples with fixed noise, and a picture: references, target, output."""
     losses, rows = {}, []
     for task in tqdm(run.source.tasks, desc="validating", unit="task", leave=False, disable=RANK > 0):
         parts = []
         for number in range(VALIDATION):
             batch = run.source.collate(task, [run.source.draw(task, -1 - number, -1 - number)], run.device)
-            batch.keys = [("validation", task, number)]
+            batch.key = ("validation", task, number)
             parts.append(run.objective(batch).item())
             if number == 0:
                 output, words = run.objective(batch, picture=True)
-                rows.append((f"{task}: {words[0]}", with_headings(batch, output)))
+                columns = shown(batch) | {"output": panels(output[0])}
+                rows.append((f"{task}: {words[0]}", columns))
         losses[task] = sum(parts) / len(parts)
     run.log({"step": run.step, "validation": losses})
     if RANK == 0:
         contact_sheet(rows, run.out / f"step_{run.step:08d}.png")
 
 
-def with_headings(batch, output):
-    """A row of `contact_sheet`: the first sample's references, its target, and what the model makes of it."""
+def shown(batch):
+    """The first sample's references and target for `contact_sheet`: {heading: PIL images}."""
     columns = {}
-    for number, reference in enumerate(batch.references, 1):
-        heading = "Video 1" if reference.is_video else f"Image {number}"
+    for k, reference in enumerate(batch.references, 1):
+        heading = "Video 1" if reference.is_video else f"Image {k}"
         columns[heading] = panels(reference.pixels[0])
-    return columns | {"target": panels(batch.target[0]), "output": panels(output[0])}
+    return columns | {"target": panels(batch.target[0])}
 
 
 def panels(pixels):
@@ -881,61 +851,29 @@ def panels(pixels):
 
 def contact_sheet(rows, path):
     """A picture at `path` of rows (label, {heading: PIL images}); small images are enlarged without blur."""
-    images = [image for _, groups in rows for group in groups.values() for image in group]
+    images = [image for _, columns in rows for shown in columns.values() for image in shown]
     scale = max(1, 96 // max(image.height for image in images))
     height = scale * max(image.height for image in images) + 34
-    headings = dict.fromkeys(heading for _, groups in rows for heading in groups)
-    references = sorted(heading for heading in headings if heading.startswith(("Image", "Video")))
-    widths = dict.fromkeys([*references, *headings], 0)  # of the columns: references stand first
-    for _, groups in rows:
-        for heading, group in groups.items():
-            width = 12 + max(60, sum(image.width * scale + 4 for image in group))
-            widths[heading] = max(width, widths[heading])
+    headings = [*dict.fromkeys(heading for _, columns in rows for heading in columns)]
+    headings.sort(key=lambda heading: heading if heading[-1].isdigit() else "~")  # references stand first
+    widths = dict.fromkeys(headings, 72)
+    for _, columns in rows:
+        for heading, shown in columns.items():
+            widths[heading] = max(widths[heading], 12 + sum(image.width * scale + 4 for image in shown))
     sheet = Image.new("RGB", (sum(widths.values()) + 8, height * len(rows) + 8), "lightsteelblue")
     draw = ImageDraw.Draw(sheet)
-    for number, (label, groups) in enumerate(rows):
+    for number, (label, columns) in enumerate(rows):
         top, left = number * height + 4, 8
         draw.text((left, top), label[: sheet.width // 6], fill="black")
         for heading, width in widths.items():
-            place = left
-            if heading in groups:
+            if heading in columns:
                 draw.text((left, top + 12), heading, fill="dimgray")
-            for image in groups.get(heading, []):
-                sheet.paste(image.resize((image.width * scale, image.height * scale), 0), (place, top + 26))
-                place += image.width * scale + 4
+            for position, image in enumerate(columns.get(heading, [])):
+                size = (image.width * scale, image.height * scale)
+                place = (left + position * (size[0] + 4), top + 26)
+                sheet.paste(image.resize(size, Image.NEAREST), place)
             left += width
     sheet.save(path)
-
-
-def chart(curves, name, title, width=900, height=400):
-    """A picture of one number of {label: records}: running means over a fiftieth of each, on a log scale."""
-    lines = {}
-    for label, records in curves.items():
-        window = math.ceil(len(records) / 50)
-        logs = np.log10([max(record[name], 1e-6) for record in records])
-        steps = [record["step"] for record in records[window - 1 :]]
-        lines[label] = steps, np.convolve(logs, np.ones(window) / window, "valid")
-    last = max(steps[-1] for steps, _ in lines.values())
-    low = min(means.min() for _, means in lines.values()) - 0.02
-    high = max(means.max() for _, means in lines.values()) + 0.02
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
-
-    def point(step, value):
-        return 60 + step / last * (width - 80), (high - value) / (high - low) * (height - 40) + 10
-
-    for tick in np.linspace(low, high, 6):
-        draw.line([point(0, tick), point(last, tick)], fill="lightgray")
-        draw.text((5, point(0, tick)[1] - 6), f"{10**tick:.3g}", fill="black")
-    draw.text((60, height - 18), f"{title}, step 1 to {last}", fill="black")
-    for number, (label, line) in enumerate(lines.items()):
-        color = f"hsl({number * 360 // len(lines)}, 80%, 40%)"
-        points = [point(*pair) for pair in zip(*line)]
-        draw.line(points, fill=color, width=2)
-        for x, y in points if len(points) < 20 else ():  # a lone point is no line
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
-        draw.text((width - 110, 12 + 14 * number), label, fill=color)
-    return picture
 
 
 def read_metrics(folder):
@@ -945,32 +883,12 @@ def read_metrics(folder):
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def read_losses(folder):
-    """Those of its training steps, but for the skipped ones."""
-    return [record for record in read_metrics(folder) if record.get("loss") is not None]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# 9. The command line
-# ----------------------------------------------------------------------------------------------------------
-
-
-def bounded(kind, least, most):
-    """An argument's type: an int or a float from `least` to `most`."""
-
-    def parse(text):
-        value = kind(text)
-        if not least <= value <= most:
-            raise ValueError
-        return value
-
-    parse.__name__ = f"{kind.__name__} ({least} to {most})"  # argparse reports "invalid {__name__} value"
-    return parse
+# --- 9. The command line ------------------------------------------------------------------------------------
 
 
 def add_common_arguments(parser):
     """What the three stages and toy/pretrain.py share."""
-    add, flag, positive = parser.add_argument, {"action": "store_true"}, bounded(int, 1, 10**9)
+    add, flag = parser.add_argument, {"action": "store_true"}
     start = "a .safetensors, a folder of public weights, 'hub' or 'random'"
     add("--weights", help=f"{start}; by default the export of the stage before, else assets/tiny.safetensors")
     add("--config", help="JSON with the fields of the weights' Config to change")
@@ -978,12 +896,12 @@ def add_common_arguments(parser):
     add("--resume", **flag, help="continue from the newest complete checkpoint in --out")
     add("--seed", type=int, default=0)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; by default bfloat16 on a GPU")
-    add("--accumulate", type=positive, default=1, help="batches of a process in a step")
+    add("--accumulate", type=int, default=1, help="batches of a process in a step")
     add("--compile", **flag, help="torch.compile the MMDiT's blocks")
-    add("--save-every", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
-    add("--keep", type=positive, default=3, help="checkpoints to keep (default: %(default)s)")
+    add("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
+    add("--keep", type=int, default=3, help="checkpoints to keep (default: %(default)s)")
     pictures = "steps between validations, with their pictures; 0 is none (default: %(default)s)"
-    add("--validate-every", type=bounded(int, 0, 10**9), default=500, help=pictures)
+    add("--validate-every", type=int, default=500, help=pictures)
 
 
 def parse_arguments(arguments):
@@ -1021,19 +939,11 @@ def start_device(dtype):
     return device, getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
 
 
-def default_weights(stage, out):
-    """The export of the stage before, beside `out`, else the tiny weights."""
-    export = out.parent / f"stage{int(stage) - 1}" / "final.safetensors"
-    return str(export if export.exists() else TINY)
-
-
 def prepare(args):
     """The Run that the command line asks for, at its first step or where it was stopped."""
     out = Path(args.out or f"runs/stage{args.stage}")
-    found = find_checkpoint(out, args.resume)
-    saved = read_state(found) if found else {}
-    device, dtype = start_device(args.dtype)
-    weights = str(args.weights or saved.get("weights") or default_weights(args.stage, out))
+    found = find_checkpoint(out, args)
+    weights, device, dtype = choose_weights(args, out, found), *start_device(args.dtype)
     path = args.config or (HERE / "tiny_config.json" if weights == "random" else None)
     vino = Vino.load(weights, read_config(path, weights) if path else None, device, dtype)
     if args.no_queries:  # the ablations (3.4) take away what the weights may have
@@ -1050,20 +960,32 @@ def prepare(args):
 
         if device.type == "cpu" and args.batch is None:
             stage.batch = min(stage.batch, 8)  # a step within seconds
-        source = ToyWorld(stage, vino.config, seed)
+        source = ToyWorld(stage, vino.config, seed, vino if device.type == "cuda" else None)
     run = Run(args, out, stage, source, Objective(vino, stage.shift), weights, device, dtype)
     start(run, found)
     return run
 
 
-def find_checkpoint(out, resume):
+def find_checkpoint(out, args):
     """The newest checkpoint in `out`, to go on from; None where a run begins."""
+    for name in ("accumulate", "save_every", "keep"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} should be at least 1")
     found = complete_checkpoints(out)[-1:]
-    if found and not resume:
+    if found and not args.resume:
         raise InputError(f"{out} holds a run: continue it with --resume, or choose another --out")
-    if resume and not found:
+    if args.resume and not found:
         say(f"--resume: {out} has no checkpoint, so this run begins anew")
     return found[0] if found else None
+
+
+def choose_weights(args, out, found):
+    """--weights; else what the run that goes on has begun with; else the export of the stage before, beside
+    `out`; else the tiny weights."""
+    if args.weights or found:
+        return args.weights or read_state(found)["weights"]
+    export = out.parent / f"stage{int(args.stage) - 1}" / "final.safetensors"
+    return str(export if export.exists() else TINY)
 
 
 def start(run, found):

@@ -44,7 +44,6 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -111,64 +110,71 @@ SYSTEM_PROMPT = "You are a helpful assistant aimed at generating an output video
 
 
 @dataclass
-class Prompt:
-    """Figure 4's template, filled in and tokenised."""
+class Prompts:
+    """Figure 4's template, filled in for B texts about the same references, and tokenised."""
 
-    ids: list  # L token ids
-    positions: Tensor  # [3, L]: M-RoPE positions in time, height and width
+    ids: Tensor  # [B, L]; before shorter texts stands padding
+    positions: Tensor  # [3, B, L]: M-RoPE positions in time, height and width
+    mask: Tensor | None  # [B, L], False at padding; None where there is none
     starts: list  # for each reference, the index of its (first) <|vision_start|>
     ends: list  # and of its (last) <|vision_end|>
 
 
-def build_prompt(tokenizer, text, references, merge, system=SYSTEM_PROMPT):
-    """Figure 4: system line, images, video, the user's text.
+def build_prompts(tokenizer, texts, references, merge, system=SYSTEM_PROMPT):
+    """Figure 4 for each of B texts: system line, images, video, the user's text.
 
     Args:
         references: objects with `grid`, (t, h, w) in patches, and `is_video`; images before the one video.
         merge: the VLM's spatial_merge_size: merge x merge patches make one token.
     """
     tokenizer.encode_special_tokens = True  # special tokens spelled in user text are encoded as plain text
-    ids, positions, starts, ends = [], [], [], []
+    ids, positions, starts, ends = [], [], [], []  # of what all prompts share
 
-    def append(token, h=1, w=1):
-        """One token, or an h x w grid of placeholders that share one time, after the largest position yet."""
+    def special(name):
+        return [tokenizer.token_to_id(f"<|{name}|>")]
+
+    def words(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def append(tokens):
         begin = 1 + max(positions[-1]) if positions else 0
-        ids.extend([token] * (h * w))
-        positions.extend((begin, begin + row, begin + column) for row in range(h) for column in range(w))
+        ids.extend(tokens)
+        positions.extend((place, place, place) for place in range(begin, begin + len(tokens)))
 
-    def special(name, h=1, w=1):
-        append(tokenizer.token_to_id(f"<|{name}|>"), h, w)
-
-    def say(text):
-        for token in tokenizer.encode(text, add_special_tokens=False).ids:
-            append(token)
-
-    special("im_start")
-    say(f"system\n{system}")
-    special("im_end")
-    say("\n")
-    special("im_start")
+    append(special("im_start") + words(f"system\n{system}") + special("im_end") + words("\n"))
+    append(special("im_start"))
     pending = "user\n"  # tokenised with the text that follows: a token may cross the border
     for number, reference in enumerate(references, 1):
-        t, h, w = reference.grid
+        t, h, w = reference.grid[0], reference.grid[1] // merge, reference.grid[2] // merge
         pending += "Video 1: " if reference.is_video else f"Image {number}: "
         for pair in range(t):  # two frames of a video each; an image is one
             if reference.is_video:  # their mean timestamp at an assumed 24 frames a second
                 pending += f"<{(2 * pair + 0.5) / 24:.1f} seconds>"
-            say(pending)
+            append(words(pending))
             pending = ""
             if pair == 0:
                 starts.append(len(ids))
-            special("vision_start")
-            special("video_pad" if reference.is_video else "image_pad", h // merge, w // merge)
-            special("vision_end")
+            append(special("vision_start"))
+            begin = 1 + max(positions[-1])
+            ids.extend(special("video_pad" if reference.is_video else "image_pad") * (h * w))
+            positions.extend((begin, begin + row, begin + column) for row in range(h) for column in range(w))
+            append(special("vision_end"))
         ends.append(len(ids) - 1)
-    say(pending + text)
-    special("im_end")
-    say("\n")
-    special("im_start")
-    say("assistant\n")
-    return Prompt(ids, torch.tensor(positions).T, starts, ends)
+
+    closing = special("im_end") + words("\n") + special("im_start") + words("assistant\n")
+    encodings = tokenizer.encode_batch([pending + text for text in texts], add_special_tokens=False)
+    own = [encoding.ids + closing for encoding in encodings]
+    longest = max(map(len, own))
+    places = torch.arange(longest) - torch.tensor([[longest - len(row)] for row in own])  # below 0: padding
+    own_positions = (1 + max(positions[-1]) + places.clamp(min=0)).expand(3, -1, -1)
+    positions = torch.tensor(positions).T[:, None].expand(-1, len(own), -1)
+    own_ids = torch.tensor([special("endoftext") * (longest - len(row)) + row for row in own])
+    ids = torch.tensor(ids).expand(len(own), -1)
+    mask = None
+    if (places < 0).any():
+        mask = F.pad(places >= 0, (ids.shape[1], 0), value=True)
+    ids, positions = torch.cat([ids, own_ids], 1), torch.cat([positions, own_positions], 2)
+    return Prompts(ids, positions, mask, starts, ends)
 
 
 @dataclass(eq=False)
@@ -245,13 +251,13 @@ class MultiModalEncoder(nn.Module):
         """
         hidden, mask, starts, ends = self.hidden_states(prompts, references)
         hidden = hidden.to(self.connector.mlp[0].weight.dtype)
-        rows = torch.arange(len(prompts), device=hidden.device)
         blocks = []
-        for k, reference in enumerate(references if vae_branch else []):
-            start, end = None, None
+        for reference, start, end in zip(references if vae_branch else [], starts, ends):
             if self.boundary_tokens:
-                start = self.connector_vae_branch(hidden[rows, starts[:, k]])  # [B, D]
-                end = self.connector_vae_branch(hidden[rows, ends[:, k]])
+                start = self.connector_vae_branch(hidden[:, start])  # [B, D]
+                end = self.connector_vae_branch(hidden[:, end])
+            else:
+                start, end = None, None
             latents = reference.latents.expand(len(prompts), -1, -1, -1, -1)
             blocks.append(LatentBlock(latents, start, end))
         return Condition(self.connector(hidden), mask, blocks)
@@ -264,63 +270,49 @@ class MultiModalEncoder(nn.Module):
         the prompt for the backward pass.
 
         Returns: hidden [B, L, D], mask [B, L] or None, and the indices of the references' boundary tokens,
-            starts and ends, both [B, R].
+            starts and ends, of each reference.
         """
-        batch = [build_prompt(self.tokenizer, text, references, self.merge) for text in prompts]
+        prompts = build_prompts(self.tokenizer, prompts, references, self.merge)
         cache = DynamicCache()
         with torch.no_grad():
-            _, hidden, positions, mask = self.prefill(batch, references, cache)
-        lengths = torch.tensor([len(prompt.ids) for prompt in batch])
-        padding = (hidden.shape[1] - lengths)[:, None]  # on the left: it shifts the indices
-        starts = torch.tensor([prompt.starts for prompt in batch], dtype=torch.long) + padding
-        ends = torch.tensor([prompt.ends for prompt in batch], dtype=torch.long) + padding
-
-        count = len(self.metaquery)
+            _, hidden = self.prefill(prompts, references, cache)
+        mask, count = prompts.mask, len(self.metaquery)
+        mask = None if mask is None else F.pad(mask, (0, count), value=True).to(hidden.device)
         if count:
-            queries = self.metaquery.to(hidden.dtype).expand(len(batch), -1, -1)  # [B, count, D]
+            queries = self.metaquery.to(hidden.dtype).expand(len(hidden), -1, -1)  # [B, count, D]
             # As in the release, the first query shares the position of the prompt's last token.
-            positions = positions[:, :, -1:] + torch.arange(count, device=hidden.device)  # [3, B, count]
-            mask = None if mask is None else F.pad(mask, (0, count), value=True)
+            positions = prompts.positions[:, :, -1:] + torch.arange(count)  # [3, B, count]
             _, query_hidden = self.language(queries, positions, mask, cache)
             hidden = torch.cat([hidden, query_hidden], 1)
-        return hidden, mask, starts.to(hidden.device), ends.to(hidden.device)
+        return hidden, mask, prompts.starts, prompts.ends
 
-    def prefill(self, batch, references, cache):
+    def prefill(self, prompts, references, cache):
         """Run Prompts and their references' features through the language model, and fill `cache` with their
-        keys and values. Shorter prompts are padded on the left.
-
-        Returns: last and penultimate hidden states, both [B, L, D], positions [3, B, L], and mask [B, L], or
-            None where nothing is padded."""
-        left = {"batch_first": True, "padding_side": "left"}
-        filler = self.tokenizer.token_to_id("<|endoftext|>")
-        device = self.metaquery.device
-        ids = pad_sequence([torch.tensor(prompt.ids) for prompt in batch], padding_value=filler, **left)
-        ids = ids.to(device)
-        positions = pad_sequence([prompt.positions.T for prompt in batch], **left).permute(2, 0, 1).to(device)
-        mask = pad_sequence([torch.ones(len(prompt.ids), dtype=torch.bool) for prompt in batch], **left)
-        mask = None if mask.all() else mask.to(device)
-
+        keys and values -> last and penultimate hidden states, both [B, L, D]."""
+        ids = prompts.ids.to(self.metaquery.device, non_blocking=True)
         embeds = self.mm_encoder.get_input_embeddings()(ids)  # [B, L, D]
         visual_mask, deepstack = None, None
         if references:
             names = ("<|image_pad|>", "<|video_pad|>")
-            pads = torch.tensor([self.tokenizer.token_to_id(name) for name in names], device=device)
-            visual_mask = torch.isin(ids, pads)
+            visual_mask = torch.isin(
+                prompts.ids, torch.tensor([self.tokenizer.token_to_id(n) for n in names])
+            )
+            visual_mask = visual_mask.to(ids.device)
             layers = zip(*[[reference.features, *reference.deepstack] for reference in references])
             features, *deepstack = [
-                torch.cat([part.expand(len(batch), -1, -1) for part in layer], 1).flatten(0, 1)
+                torch.cat([part.expand(len(ids), -1, -1) for part in layer], 1).flatten(0, 1)
                 for layer in layers  # in the order of their placeholders: [B * tokens, D]
             ]
             embeds = embeds.masked_scatter(visual_mask[..., None], features.to(embeds.dtype))
-        last, penultimate = self.language(embeds, positions, mask, cache, visual_mask, deepstack)
-        return last, penultimate, positions, mask
+        return self.language(embeds, prompts.positions, prompts.mask, cache, visual_mask, deepstack)
 
     def language(self, embeds, positions, mask, cache, visual_mask=None, deepstack=None):
         """Run the language model on `embeds`, after what is in `cache` -> last and penultimate hidden states.
 
         Args: embeds [B, L, D]; positions [3, B, L]; mask [B, all tokens so far]; visual_mask [B, L], True at
         the tokens that get the deepstack features, each [tokens, D], in the first layers."""
-        mask = None if mask is None else mask.long()
+        positions = positions.to(embeds.device)
+        mask = None if mask is None else mask.to(embeds.device, torch.long)
         with sdpa_kernel(ANY_LENGTH):  # prompts differ in length
             # By position: transformers 4 and 5 name the cache differently. Without a cache they would take
             # jumps in the positions for the borders of packed sequences.
@@ -344,16 +336,17 @@ class MultiModalEncoder(nn.Module):
     @torch.no_grad()
     def answer(self, prompts, references=(), system=SYSTEM_PROMPT, max_new_tokens=256):
         """The VLM's text answers to B prompts about EncodedReferences, by greedy decoding."""
-        batch = [build_prompt(self.tokenizer, text, references, self.merge, system) for text in prompts]
+        batch = build_prompts(self.tokenizer, prompts, references, self.merge, system)
         cache = DynamicCache()
         end = self.tokenizer.token_to_id("<|im_end|>")
-        last, _, positions, mask = self.prefill(batch, references, cache)
-        done = torch.zeros(len(batch), dtype=torch.bool, device=last.device)
+        last, _ = self.prefill(batch, references, cache)
+        positions, mask = batch.positions[:, :, -1:], batch.mask
+        done = torch.zeros(len(last), dtype=torch.bool, device=last.device)
         ids = []
         while len(ids) < max_new_tokens and not done.all():
             ids.append(self.mm_encoder.lm_head(last[:, -1]).argmax(-1).masked_fill(done, end))  # [B]
             done |= ids[-1] == end
-            positions = positions.amax((0, 2), keepdim=True).expand(3, -1, 1) + 1
+            positions = positions + 1
             mask = None if mask is None else F.pad(mask, (0, 1), value=True)
             embeds = self.mm_encoder.get_input_embeddings()(ids[-1][:, None])
             last, _ = self.language(embeds, positions, mask, cache)

@@ -1,22 +1,23 @@
 """The pictures of the READMEs, from held-out samples of the toy world; none is picked by hand.
 
 python -m toy.figures                                    assets/tasks.png and assets/guidance.png
-python -m toy.figures curves with=runs/a without=runs/b  figure 8: two runs' losses and gradients
+python -m toy.figures curves with=runs/a without=runs/b  runs' losses and gradients (figure 8)
 python -m toy.figures gallery full=a.safetensors ablated=b.safetensors --out both.png
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from toy.benchmark import generate
 from toy.world import ToyWorld
-from train import HERE, TINY, chart, contact_sheet, make_stage, panels, read_losses, with_headings
+from train import HERE, TINY, contact_sheet, make_stage, panels, read_metrics, shown
 from vino import InputError, Vino
 
 
@@ -34,21 +35,52 @@ def gallery(columns, path, tasks=(), device="cpu"):
         batch = world.collate(task, [world.draw(task, 1, 1 + number)], torch.device(device))
         if task in ("t2i", "t2v", "i2v"):
             batch.prompts = batch.short_prompts
-        shown = with_headings(batch, batch.target)
-        del shown["output"]
-        for name, (model, settings) in models.items():
-            shown[name] = panels(generate(model, batch, **settings)[0])
-        rows.append((f"{task}: {batch.prompts[0]}", shown))
+        outputs = {name: generate(model, batch, **more) for name, (model, more) in models.items()}
+        columns = shown(batch) | {name: panels(output[0]) for name, output in outputs.items()}
+        rows.append((f"{task}: {batch.prompts[0]}", columns))
     contact_sheet(rows, path)
+
+
+def chart(curves, name, width=900, height=400):
+    """A picture of one number of {label: records}: running means over a fiftieth of each, on a log scale."""
+    lines = {}
+    for label, records in curves.items():
+        window = math.ceil(len(records) / 50)
+        logs = np.log10([max(record[name], 1e-6) for record in records])
+        steps = [record["step"] for record in records[window - 1 :]]
+        lines[label] = steps, np.convolve(logs, np.ones(window) / window, "valid")
+    last = max(steps[-1] for steps, _ in lines.values())
+    values = np.concatenate([means for _, means in lines.values()])
+    low, high = values.min() - 0.02, values.max() + 0.02
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+
+    def point(step, value):
+        return 60 + step / last * (width - 80), (high - value) / (high - low) * (height - 40) + 10
+
+    for tick in np.linspace(low, high, 6):
+        draw.line([point(0, tick), point(last, tick)], fill="lightgray")
+        draw.text((5, point(0, tick)[1] - 6), f"{10**tick:.3g}", fill="black")
+    draw.text((60, height - 18), f"{name.replace('_', ' ')}, step 1 to {last}", fill="black")
+    for number, (label, line) in enumerate(lines.items()):
+        color = f"hsl({number * 360 // len(lines)}, 80%, 40%)"
+        points = [point(*pair) for pair in zip(*line)]
+        draw.line(points, fill=color, width=2)
+        for x, y in points if len(points) < 20 else ():  # a lone point is no line
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
+        draw.text((width - 110, 12 + 14 * number), label, fill=color)
+    return picture
 
 
 def compare(folders, path):
     """Loss and gradient norm of runs {label: folder} as a picture at `path` (figure 8), and as a table of the
     last half of their steps: means for each task, and the variance of the gradient's norm."""
-    runs = {label: read_losses(Path(folder)) for label, folder in folders.items()}
-    titles = {"loss": "loss", "grad_norm": "norm of the gradient"}
-    pictures = [chart(runs, name, title) for name, title in titles.items()]
-    Image.fromarray(np.vstack(pictures)).save(path)
+    runs = {}
+    for label, folder in folders.items():
+        runs[label] = [record for record in read_metrics(Path(folder)) if record.get("loss") is not None]
+        if not runs[label]:
+            raise InputError(f"{folder} holds no run: there are no losses in its metrics.jsonl")
+    Image.fromarray(np.vstack([chart(runs, "loss"), chart(runs, "grad_norm")])).save(path)
     lines = ["| run | task | loss | gradient norm | its variance |", "|---|---|---|---|---|"]
     for label, records in runs.items():
         late = records[len(records) // 2 :]

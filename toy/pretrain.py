@@ -14,7 +14,7 @@ The loop, its checkpoints and its pictures are train.py's.
 
 import argparse
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from transformers import DynamicCache
 import train
 from toy.world import ToyWorld, toy_tokenizer
 from train import HERE, Objective, Run, Stage, adjust, draw_noise
-from vino import Condition, EncodedReference, Modulation, Vino, build_prompt, read_config
+from vino import Condition, EncodedReference, Modulation, Vino, build_prompts, read_config
 
 TOY = {"ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "betas": [0.9, 0.99], "checkpointing": False}
 PARTS = {
@@ -49,7 +49,7 @@ class Autoencoding(Objective):
     def loss(self, batch):
         vae = self.vino.vae
         mean, log_variance = (part.float() for part in vae.moments(batch.target))
-        noise = draw_noise(batch.keys, mean.shape[1:])[1].to(mean.device)
+        noise = draw_noise(batch.key, mean)[1]
         output = vae.decode((mean + noise * (log_variance / 2).exp()) * vae.config.scaling_factor)
         surplus = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
         return (output.float() - batch.target).square().flatten(1).mean(1) + KL * surplus.flatten(1).mean(1)
@@ -67,17 +67,17 @@ class Captioning(Objective):
         for reference in batch.references:
             features, deepstack = vlm.encode_vision(reference)
             references.append(EncodedReference(None, features, deepstack, reference.grid, reference.is_video))
-        prompts, end = [], vlm.tokenizer.token_to_id("<|im_end|>")
-        answers = [[*vlm.tokenizer.encode(text).ids, end] for text in batch.answers]
-        for text, answer in zip(batch.prompts, answers):
-            prompt = build_prompt(vlm.tokenizer, text, references, vlm.merge)
-            behind = prompt.positions.max() + 1 + torch.arange(len(answer)).expand(3, -1)
-            positions = torch.cat([prompt.positions, behind], 1)
-            prompts.append(replace(prompt, ids=prompt.ids + answer, positions=positions))
+        prompts, cache = build_prompts(vlm.tokenizer, batch.prompts, references, vlm.merge), DynamicCache()
+        last, _ = vlm.prefill(prompts, references, cache)
+        end = vlm.tokenizer.token_to_id("<|im_end|>")
+        answers = [[*encoding.ids, end] for encoding in vlm.tokenizer.encode_batch(batch.answers)]
         most = max(map(len, answers))
-        last = vlm.prefill(prompts, references, DynamicCache())[0][:, -most - 1 : -1]
-        wanted = [[-100] * (most - len(answer)) + answer for answer in answers]  # -100: padding and prompt
-        wanted = torch.tensor(wanted, device=last.device)
+        wanted = torch.tensor([answer + [-100] * (most - len(answer)) for answer in answers]).to(last.device)
+        embeds = vlm.mm_encoder.get_input_embeddings()(wanted[:, :-1].clamp(min=0))
+        positions = prompts.positions[:, :, -1:] + torch.arange(1, most)
+        mask = None if prompts.mask is None else F.pad(prompts.mask, (0, most - 1), value=True)
+        answered, _ = vlm.language(embeds, positions, mask, cache)
+        last = torch.cat([last[:, -1:], answered], 1)
         losses = F.cross_entropy(vlm.mm_encoder.lm_head(last).mT.float(), wanted, reduction="none")
         return losses.sum(1) / (wanted >= 0).sum(1)
 
@@ -145,7 +145,7 @@ def scale_latents(run):
 
 def prepare(args, part, weights, out):
     """The Run of one part, at its first step or where it was stopped."""
-    found = train.find_checkpoint(out, args.resume)
+    found = train.find_checkpoint(out, args)
     device, dtype = train.start_device(args.dtype)
     saved = train.read_state(found) if found else {}
     weights = str(weights or saved.get("weights") or "random")
@@ -157,7 +157,8 @@ def prepare(args, part, weights, out):
         quieten(vino)
     stage = adjust(Stage(**asdict(PARTS[part])), vars(args))
     args.stage = f"0-{part}"
-    source = ToyWorld(stage, vino.config, f"{args.seed} {args.stage}")
+    encoders = vino if device.type == "cuda" else None
+    source = ToyWorld(stage, vino.config, f"{args.seed} {args.stage}", encoders)
     run = Run(args, out, stage, source, OBJECTIVES[part](vino, stage.shift), weights, device, dtype)
     train.start(run, found)
     return run

@@ -167,13 +167,12 @@ def test_the_answers_loss_is_next_token_cross_entropy_whatever_the_padding(parts
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=0)
     batch = toy.collate("look", samples[:1], "cpu")
     references = [model.encode(reference) for reference in batch.references]
-    prompt = vino.build_prompt(vlm.tokenizer, batch.prompts[0], references, vlm.merge)
+    prompts = vino.build_prompts(vlm.tokenizer, batch.prompts, references, vlm.merge)
     answer = [*vlm.tokenizer.encode(batch.answers[0]).ids, vlm.tokenizer.token_to_id("<|im_end|>")]
-    behind = prompt.positions.max() + 1 + torch.arange(len(answer)).expand(3, -1)
-    prompt.positions = torch.cat([prompt.positions, behind], 1)
-    begin = len(prompt.ids) - 1
-    prompt.ids = prompt.ids + answer
-    states = vlm.prefill([prompt], references, DynamicCache())[0][0, begin:-1]
+    behind = prompts.positions.max() + 1 + torch.arange(len(answer)).expand(3, 1, -1)
+    ids = torch.cat([prompts.ids, torch.tensor([answer])], 1)
+    whole = vino.Prompts(ids, torch.cat([prompts.positions, behind], 2), None, [], [])
+    states = vlm.prefill(whole, references, DynamicCache())[0][0, prompts.ids.shape[1] - 1 : -1]
     expected = F.cross_entropy(vlm.mm_encoder.lm_head(states), torch.tensor(answer))
     torch.testing.assert_close(together[0], expected, rtol=1e-4, atol=0)
 

@@ -15,7 +15,17 @@ import torch
 
 import train
 from train import HERE, Batch, Source, Task, chance
-from vino import SYSTEM_PROMPT, Config, Reference, byte_tokenizer, patchify, resize, spread_frames, vlm_size
+from vino import (
+    SYSTEM_PROMPT,
+    Config,
+    EncodedReference,
+    Reference,
+    byte_tokenizer,
+    patchify,
+    resize,
+    spread_frames,
+    vlm_size,
+)
 
 # The last four are stage 0's: the VLM puts what it sees, or a short prompt, into words.
 TASKS = train.TASKS | {
@@ -68,7 +78,8 @@ SHOWN = {"recolor": "[Make|Paint] {it}( in {base}) the [color|colour] of the obj
 # fmt: on
 Object = namedtuple("Object", "shape color size cell motion jitter")  # size, cell, jitter: in the first frame
 Scene = namedtuple("Scene", "background objects")  # of a clip, or of an image, which shows its first frame
-Sample = namedtuple("Sample", "kind prompt short_prompt images video target")  # kind of edit, texts, scenes
+# kind of edit, texts, scenes; its number, if what the encoders make of it is kept
+Sample = namedtuple("Sample", "kind prompt short_prompt images video target number", defaults=[None])
 
 
 def trace(item, time):
@@ -254,7 +265,13 @@ def make_sample(seed, task, images):
 
 
 class ToyWorld(Source):
-    """A source of samples that needs no files and has no end."""
+    """A source of samples that needs no files and has no end. Given a Vino, it draws from the stage's
+    `encode_once` samples of each layout, and keeps what the frozen encoders make of them."""
+
+    def __init__(self, stage, config, seed, vino=None):
+        super().__init__(stage, config, seed)
+        self.vino, self.count = vino, stage.encode_once if vino else 0
+        self.samples, self.encoded = {}, {}
 
     def draw(self, task, position, index):
         """Sample `index` of a task, as scenes. How many images it has depends only on `position`, where the
@@ -262,10 +279,47 @@ class ToyWorld(Source):
         most = self.images_that_fit(TASKS[task].video)
         fitting = [number for number in TASKS[task].images if number <= most]
         images = chance(self.seed, task, "images", position).choice(fitting)
-        return make_sample(f"{self.seed} {task} {index}", task, images)
+        if index < 0 or not self.count:
+            return make_sample(f"{self.seed} {task} {index}", task, images)
+        key = task, images, index % self.count
+        if key not in self.samples:
+            sample = make_sample(f"{self.seed} {task} {key[2]}", task, images)
+            self.samples[key] = sample._replace(number=key[2])
+        return self.samples[key]
 
     def collate(self, task, samples, device):
-        """Samples -> Batch: renders their scenes, on the device."""
+        """Samples -> Batch."""
+        if samples[0].number is None:
+            return self.render(task, samples, device)
+        images = len(samples[0].images)
+        known, kept, references = self.encoded.setdefault((task, images), (set(), [], []))
+        unknown = {s.number: s for s in samples if s.number not in known}
+        if unknown:
+            batch = self.render(task, [*unknown.values()], device)
+            encoded = [self.vino.encode(reference) for reference in batch.references]
+            with torch.no_grad():
+                parts = [self.vino.vae.encode(batch.target)]
+            for reference in encoded:
+                parts += [reference.latents, reference.features, *reference.deepstack]
+            if not kept:
+                kept += [part.new_empty(self.count, *part.shape[1:]) for part in parts]
+                references += [(len(r.deepstack), r.grid, r.is_video) for r in encoded]
+            rows = torch.tensor([*unknown], device=device)
+            for tensor, part in zip(kept, parts):
+                tensor[rows] = part
+            known.update(unknown)
+        rows = torch.tensor([s.number for s in samples], device=device)
+        latents, *parts = [tensor[rows] for tensor in kept]
+        encoded = []
+        for layers, grid, is_video in references:
+            own, features, *deepstack = parts[: layers + 2]
+            encoded.append(EncodedReference(own, features, deepstack, grid, is_video))
+            del parts[: layers + 2]
+        prompts, short_prompts = [s.prompt for s in samples], [s.short_prompt for s in samples]
+        return Batch(task, prompts, short_prompts, encoded, None, latents=latents)
+
+    def render(self, task, samples, device):
+        """Samples -> Batch of their pixels, drawn on the device."""
         images, video, clip = len(samples[0].images), TASKS[task].video, TASKS[task].clip
         frames = self.frames_that_fit(images, video)
         size = max(16, round(math.sqrt(self.stage.area) / 16) * 16)
