@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -43,6 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sample as command_line
 import train
 import vino
+from toy import benchmark, figures, pretrain
 from toy.test_toy import SMALL
 from vino import VAE, Config, InputError, MMDiT, Reference, Vino, build_prompts
 
@@ -1187,7 +1189,6 @@ def test_the_files_depend_on_each_other_as_the_readme_says():
     assert not top.search((HERE / "train.py").read_text())  # only where it is used
 
 
-# ----------------------------------------------------------------------------------------------------------
 # --- sample.py: the command line ----------------------------------------------------------------------------
 
 
@@ -1512,3 +1513,41 @@ def test_a_config_file_changes_what_it_names_and_nothing_else(tmp_path):
     assert config.sampling == replace(saved.sampling, steps=2) and config.text == saved.text
     assert config.training["3"] == saved.training["3"] | {"mixture": {"t2v": 1.0}}
     assert vino.read_config(path, "random") == Config.from_dict(json.loads(path.read_text()))
+
+
+# --- README -------------------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+COMMANDS = re.findall(
+    r"python (sample\.py|train\.py|-m toy\.\w+)(.*)", README + (HERE / "toy/README.md").read_text()
+)
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| .+ \| `(--prompt .+)` \|$", README, re.MULTILINE))
+def test_each_row_of_the_readmes_table_of_tasks_runs_as_printed(row, media):
+    shutil.copytree(HERE / "assets/examples", "assets/examples")
+    assert command_line.main([*shlex.split(row), "--steps", "1"]) == 0
+
+
+def test_every_command_of_the_readmes_has_options_that_exist():
+    parsers = {
+        "sample.py": lambda words: command_line.build_parser().parse_args(words),
+        "train.py": train.parse_arguments,
+        "-m toy.pretrain": pretrain.parse_arguments,
+        "-m toy.benchmark": benchmark.parse_arguments,
+        "-m toy.figures": figures.parse_arguments,
+    }
+    assert len(COMMANDS) > 10 and {program for program, _ in COMMANDS} == {*parsers}
+    for program, options in COMMANDS:
+        options = re.split(r"`|\||  #|\)", options)[0].replace("…", "").replace("samples.jsonl", "a.jsonl")
+        parsers[program](shlex.split(options))
+
+
+def test_the_recipe_of_the_readme_trains_and_draws_its_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [(_, recipe), (_, picture)] = [command for command in COMMANDS if "runs/recipe" in command[1]]
+    shutil.copytree(HERE / "assets", "assets")
+    few = shlex.split(recipe.replace("--steps 300", "--steps 2 --batch 1 --validate-every 0"))
+    assert train.main(few) == 0
+    assert figures.main(shlex.split(picture.replace("selection selection selection", "selection"))) == 0
+    assert Path("recipe.png").exists()

@@ -1,6 +1,7 @@
 """The pictures of the READMEs, from held-out samples of the toy world; none is picked by hand.
 
 python -m toy.figures                                    assets/tasks.png and assets/guidance.png
+python -m toy.figures examples                           assets/examples/: the inputs of the README's commands
 python -m toy.figures curves with=runs/a without=runs/b  runs' losses and gradients (figure 8)
 python -m toy.figures gallery full=a.safetensors ablated=b.safetensors --out both.png
 """
@@ -15,10 +16,34 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from sample import write
 from toy.benchmark import generate
-from toy.world import ToyWorld
+from toy.world import Object, Scene, ToyWorld, render
 from train import HERE, TINY, contact_sheet, make_stage, panels, read_metrics, shown
 from vino import InputError, Vino
+
+
+def thing(shape, color, size, cell, motion="standing still"):
+    return Object(shape, color, size, cell, motion, jitter=(0, 0))
+
+
+# The inputs of the README's commands: file, side in pixels, scene
+EXAMPLES = [
+    ("circle.png", 64, Scene("white", [thing("circle", "red", "small", "bottom left")])),
+    ("cross.png", 96, Scene("black", [thing("cross", "yellow", "small", "right")])),
+    ("two.mp4", 128, Scene("gray", [
+        thing("circle", "blue", "large", "bottom left", "moving right"),
+        thing("square", "green", "small", "top"),
+    ])),
+    ("rising.mp4", 160, Scene("white", [thing("triangle", "purple", "large", "bottom", "moving up")])),
+]  # fmt: skip
+
+
+def examples(folder):
+    folder.mkdir(exist_ok=True)
+    for name, size, scene in EXAMPLES:
+        pixels = render([scene], 9 if name.endswith("mp4") else 1, size, torch.device("cpu"))
+        write(folder / name, pixels[0], 8, {})
 
 
 def gallery(columns, path, tasks=(), device="cpu"):
@@ -91,17 +116,25 @@ def compare(folders, path):
     return "\n".join(lines)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser("toy.figures", "python -m toy.figures [curves|gallery] [NAME=PATH ...]")
-    parser.add_argument("what", nargs="?", choices=["all", "curves", "gallery"], default="all")
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(
+        "toy.figures", "python -m toy.figures [examples|curves|gallery] [NAME=PATH ...]"
+    )
+    parser.add_argument("what", nargs="?", choices=["all", "examples", "curves", "gallery"], default="all")
     parser.add_argument("runs", nargs="*", metavar="NAME=PATH", help="folders of runs, or weights")
     parser.add_argument("--tasks", nargs="+", default=(), help="of a gallery; by default stage 3's")
     parser.add_argument("--out", default="figure.png")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args = parse_arguments(arguments)
     named = dict(run.split("=", 1) for run in args.runs)
     try:
         if args.what == "curves":
             print(compare(named, args.out))
+        elif args.what == "examples":
+            examples(HERE / "assets" / "examples")
         elif args.what == "gallery":
             gallery({name: (path, {}) for name, path in named.items()}, args.out, args.tasks)
         else:

@@ -193,10 +193,10 @@ def test_the_benchmarks_see_each_scene_of_the_toy_world_through_blur_and_noise(t
     for task, count, times in (("t2i", 150, [0]), ("t2v", 20, [0, 0.5, 1])):
         samples = [toy.draw(task, 0, index) for index in range(count)]
         pixels = blurred(toy.collate(task, samples, "cpu").target)
-        for (*_, told), clip in zip(samples, pixels):
+        for sample, clip in zip(samples, pixels):
             frames = clip[:, [round(time * (clip.shape[1] - 1)) for time in times]]
             seen = benchmark.detect(frames.transpose(0, 1))
-            right += [benchmark.fits(a, told, time) for a, time in zip(seen, times, strict=True)]
+            right += [benchmark.fits(a, sample.target, time) for a, time in zip(seen, times, strict=True)]
     assert len(right) == 210 and sum(right) >= 208
 
 
