@@ -1,0 +1,409 @@
+"""What people type about the toy world: a grammar, the sentences it makes, and the tokenizer that reads them.
+
+    name = a | b     a rule: one of these phrases; 3*a | b takes a three times as often
+    [a|b]            a choice inside of a phrase
+    {name}           another rule, or a fact of the sample, in words
+    !                the phrase is kept out of training
+
+A fact that a text names is stated; what it leaves out is free. Only the benchmark draws phrases with "!".
+Training knows each of their words, with the same meaning, from another phrase.
+"""
+
+import random
+import re
+from itertools import chain
+from string import ascii_lowercase
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from vino import SPECIAL_TOKENS, SYSTEM_PROMPT, Config
+
+REWRITE_SYSTEM = Config().sampling.rewrite_system
+UNKNOWN = "[UNK]"  # what each unknown word is to the tokenizer
+
+RULES = """
+# Facts: "circle" stands in requests for images, "moving circle" in those for clips, "the circle" where it is
+# seen; "left" is a place, "the left" the one to go to.
+small = 4*small | little | !tiny
+moving small = 4*small | tiny | !little
+large = 4*large | big | !huge
+moving large = 4*large | huge | !big
+made small = 2*small | 2*smaller | 2*tiny | !little
+made large = 2*large | 2*bigger | larger | huge | !big
+purple = 3*purple | violet
+cyan = 3*cyan | turquoise
+gray = gray | grey
+circle = 5*circle | disc | !disk | !dot
+moving circle = 5*circle | disk | dot | !disc
+the circle = 5*circle | disk | disc | !dot
+square = 5*square | box | !block
+moving square = 5*square | block | !box
+the square = 5*square | block | !box
+diamond = 5*diamond | !rhombus
+moving diamond = 4*diamond | rhombus
+the diamond = 4*diamond | rhombus
+cross = 5*cross | plus sign | !plus
+moving cross = 5*cross | plus | !plus sign
+the cross = 4*cross | plus | !plus sign
+moving triangle = triangle
+triangle = triangle
+the triangle = triangle
+circles = 4*circles | discs
+squares = 4*squares | boxes
+triangles = triangles
+diamonds = diamonds
+crosses = 4*crosses | plus signs
+two = 4*two | a pair of | !2
+two moving = 3*two | 2 | !a pair of
+three = 4*three | 3
+top = 4*at the top | near the top | at the top edge | !on the top
+bottom = 4*at the bottom | near the bottom | at the bottom edge | !on the bottom
+left = 4*at the left | 2*on the left | on the left side | !near the left edge
+right = 4*at the right | 2*on the right | on the right side | !near the right edge
+center = 4*at the center | 2*in the [center|middle] | in the middle of the [image|picture] | !in the centre
+    | !at the center of the picture
+left of = 4*left of | 2*to the left of | !on the left of | !on the left side of
+right of = 4*right of | 2*to the right of | !on the right of | !on the right side of
+above = 4*above | over
+below = 4*below | under
+standing still = 4*standing still | not moving | staying still
+growing = 4*growing | expanding | getting larger | becoming bigger | !getting bigger
+shrinking = 4*shrinking | getting smaller | becoming smaller
+stands still = 4*stands still | stays still | is standing still | does not move | !is not moving
+    | !stays in place
+grows = 4*grows | expands | is growing | gets [bigger|larger] | !2*is getting [bigger|larger]
+    | !becomes bigger
+shrinks = 4*shrinks | is shrinking | gets smaller | !is getting smaller | !becomes smaller
+stand still = 4*stand still | stay in place | !not move
+grow = 4*grow | get bigger | become bigger | !become larger
+shrink = 4*shrink | get smaller | !become smaller
+# Things that are not there yet
+a = 4*a | 3* | 2*the | one
+thing = 5*{a} [2*|{size}] {color} {shape} | !{a} {color} {size} {shape} | !{a} [|{size}] {shape} in {color}
+    | {a} [|{size}] {shape} that is {color} | {a} [|{size}] {shape}
+things = 4*{number} [2*|{size} ]{color} {plural} | {number} [|{size} ]{plural} | !{number} {plural} in {color}
+    | !{number} {plural} that are {color}
+# Pictures and clips: the frame of a request
+picture = 3*image | 2*picture | drawing | !photo
+clip = 3*video | 2*clip | !animation | !movie
+please = 4* | please | !could you please
+lead = 6*{please} [draw|show|paint|make|create|generate] | I want [|to see |to have ] | show me
+    | [an|the] image of | draw [a picture|an image] of | I need | I'd like | give me | !a picture of
+    | !a photo of | I would like | can you draw | !please make [a picture|an image] of | !an image with
+    | draw me | put
+clip lead = 8* | {please} [show|make|create|generate] | I want [|to see ] | show me | [a|the] video of
+    | I would like to see | [a |]clip of | make [a video|an animation] of | give me | !a movie of
+    | I would like | !can you make [|a video of ] | an animation of | !please make a clip of
+back = 4*background | backdrop
+the back = 6*the {back} | !{back}
+on = 6*on a {ground} {back} | on {ground} | with a {ground} {back} | against a {ground} {back}
+    | !over a {ground} {back} | !in front of a {ground} {back} | on a {back} that is {ground}
+ground is = 4*the {back} is {ground} | {ground} {back} | a {ground} {back} | !use a {ground} {back}
+    | make the {back} {ground} | !the {back} should be {ground}
+request = 6*{lead} {list} | 3*{lead} {list} {on} | 3*{list} {on} | !{list} | !{list} | {on} {list}
+    | {lead} {list}. {ground is} | {ground is}. {list} | {on}[: |, there is |, draw ]{list}
+    | ![|a ]{ground} {back} with {list} | !{list}, {ground is}
+request in sentences = 6*{list} | 2*{list}. {ground is} | 2*{ground is}. {list}
+    | [an image|a picture] {on}. {list} | !{list}, {on} | ![in the {picture}, |{please} draw this: ]{list}
+clip request = 6*{clip lead} {list} | 5*{clip lead} {list} {on} | {on} {list}
+    | {clip lead} {list}. {ground is} | {ground is}. {list} | {on}[: |, there is |, show ]{list}
+    | !{ground} {back} with {list} | !{list}, {ground is}
+clip request in sentences = 6*{list} | 2*{list} {on} | 2*{list}. {ground is} | 2*{ground is}. {list}
+    | {on} {list} | a {clip} {on}. {list} | !{list}, {on} | !in the {clip}, {list}
+    | !{please} make a {clip}: {list}
+    | a {clip} in which {list} | !a {clip} where {list}
+quiet clip request = {quiet lead} {list} | {quiet lead} {list} {on}
+quiet lead = a video of | a movie of | {please} make a clip of | {please} show a video of
+    | !create an animation of
+    | !I want a video of
+# Objects in a list, or as sentences of their own; in clips each says what it does
+and item = 4*and | 2*, and | 3*, | with | next to
+and first item = , | and
+and sentence = . | and
+and moving item = 4*and | 2*, and | 2*, | with | while
+and first moving item = , | and | while
+and moving sentence = 3*. | 2*and | while
+item = 5*{thing} | 5*{thing} {cell} | !{thing}, {cell},
+first item = 3*{cell} {thing} | {cell}: {thing} | !{cell}, we see {thing}
+sentence = 2*there is {thing} | there's {thing} | 4*{thing} is {cell} | there is {thing} {cell}
+    | {cell} there is {thing}
+    | {cell} is {thing} | !{cell}: {thing} | !{thing}. it is {cell} | {thing} stands {cell}
+items = {things}
+sentences = 3*there are {things} | !draw {things} | !I want {things}
+moving item = 5*{thing} {motion} | 3*{thing} {cell} {motion} | 2*{thing} {motion} from {the cell}
+    | !{thing}, {motion}[|, {cell}] | !{thing} that {does}
+first moving item = 3*{cell} {thing} {motion} | {cell}: {thing} {motion} | !{cell}, we see {thing} {motion}
+moving sentence = 5*{thing} {does} | 3*{thing} {cell} {does} | 2*{thing} starts {cell} and {does}
+    | there is {thing} {motion} | [make|let] {thing} {do} | {thing} is {cell}. it {does}
+    | {cell} {thing} {does} | !{thing}. it {does} | !there is {thing} {cell}. it {does}
+    | {thing} {does} from {the cell} | !there is {thing} and it {does} | {thing} begins {cell} and {does}
+    | animate {thing}: it {does}
+    | !{thing} that starts {cell} and {does}
+moving items = {things} {motion} | !{things}, all {motion}
+moving sentences = there are {things}. they are {motion} | !there are {things} {motion}
+relation item = 4*{first} {how} {second} | {first}, {how} {second} | {second}, and {how} it {first}
+    | !{first} that is {how} {second} | !{second} with {first} {how} it
+relation sentence = 3*{first} is {how} {second} | there is {first} {how} {second}
+    | {how} {second} there is {first} | !{how} {second} is {first}
+# Things that are there: in a picture, in a video, in one of several
+only = 4*it | 2*the object | the shape | this | !this one | !this object
+by shape = 3*the {seen shape} | {seen shape} | !that {seen shape}
+by color = the {color} [3*one|object|!shape]
+by size = the {size} [one|object|!shape]
+by place = the [one|object|{seen shape}|!shape] {cell}
+by name = 4*the {color} {seen shape} | {color} {seen shape} | the {seen shape} that is {color}
+    | !the {seen shape} in {color} | !that {color} {seen shape}
+each = 3*both objects | both shapes | all of them | everything | !2*both | !them both | !both of them | !all
+edit = 6*{text} | {text} {inside} | {inside}, {text} | {text} please
+inside Image = in Image {k}
+inside the image = 2*in Image 1 | in the [image|photo] | !in the picture | !in this image
+inside the video = 2*in Video 1 | in the [video|movie] | !in the clip | !in this video
+of Image = 5*the [object|shape] [of|in|from] Image {k} | the one [of|in|from] Image {k} | what is in Image {k}
+    | !Image {k}'s object | !the object that Image {k} shows
+ground of Image = 3*the {back} [of|in|from] Image {k} | Image {k}'s {back} | the {back} that Image {k} has
+    | !the {back} that is in Image {k}
+# Edits that the text tells
+recolor = 3*{please} [make|paint] {it} {new} | {please} change {it} to {new} | [color|colour] {it} {new}
+    | paint {it} in {new} | !{please} turn {it} {new} | !turn {it} {new} | {please} make {it} {new} instead
+    | change the [color|colour] of {it} into {new} | {it} should [be|become] {new}
+    | set the [color|colour] of {it} to {new} | let {it} be {new} | [recolor|recolour] {it} in {new}
+    | !{please} change the [color|colour] of {it} to {new} | ![recolor|recolour|repaint] {it} {new}
+    | I want {it} {new} | !I want {it} to be {new} | {it} in {new} | give {it} the [color|colour] {new}
+    | !turn {it} into {new}
+replace = 3*{please} replace {it} [with|by] {thing} | {please} swap {it} for {thing} | turn {it} into {thing}
+    | put {thing} in place of {it} | change {it} to {thing} | {it} should be {thing}
+    | !{please} swap {it} with {thing} | !{please} change {it} into {thing} | !{thing} instead of {it}
+    | put {thing} where {it} is | make {it} {thing} | put {thing} in the place of {it}
+    | !I want {thing} instead of {it}
+add = 3*{please} [add|put|draw] {thing}[2* {cell}|] | {please} insert {thing}[2* {cell}|] | add {cell} {thing}
+    | there should be {thing}[ {cell}|] | place {thing} {cell}
+    | {please} add one more object: {thing}[2* {cell}|] | {please} insert {cell} {thing}
+    | !I want {thing} {cell} too | !also {thing}[| {cell}] | {please} also add {thing}
+    | show {thing} {cell} too | !{cell} there should be {thing} | {please} also put {thing} {cell}
+    | one more: {thing}
+remove = 3*{please} [delete|erase] {it} | {please} remove {it} from the {what} | !{please} remove {it}
+    | !remove {it} | {please} take {it} away | get rid of {it} | {it} should be gone
+    | take {it} out of the {what} | the {what} without {it} | I want {it} gone | !get {it} away
+    | {please} get {it} out of the {what} | take away {it} | take {it} out | !without {it}
+    | {please} make {it} go away | !I do not want {it}
+background = 3*{please} [make|paint|turn] {the back} {ground} | {please} change {the back} to {ground}
+    | set {the back} to {ground} | {the back} should be {ground} | {the back} becomes {ground}
+    | repaint {the back} {ground} | use a {ground} {back} | put everything on a {ground} {back}
+    | {ground} {back} | !{please} change the [color|colour] of {the back} to {ground}
+    | give it a {ground} {back} | !replace {the back} [with|by] {ground} | !I want a {ground} {back}
+    | !on {ground} | let the {back} be {ground} | recolor {the back} {ground}
+move = 3*{please} [move|shift] {it} to {the cell} | {please} [put|place] {it} {cell} | {it} should be {cell}
+    | bring {it} to {the cell} | !I want {it} {cell} | !{please} change the place of {it} to {the cell}
+    | let {it} be {cell} | set {it} {cell}
+resize = 3*{please} [make|draw] {it} {made} | {please} {scale} {it} | {it} should be {made}
+    | turn {it} into a {size} one | change the size of {it} to {size} | bring the size of {it} to {size}
+    | !I want {it} {made} | !change {it} to {size} | let {it} be {made} | !set the size of {it} to {size}
+scale small = shrink | reduce the size of | !make smaller
+scale large = enlarge | increase the size of | !make bigger
+# Edits that another image shows
+recolor as = 2*{please} [make|paint] {it} the [color|colour] of {donor}
+    | give {it} the [color|colour] of {donor} | change the [color|colour] of {it} to that of {donor}
+    | paint {it} like {donor} | !{it} should have the [color|colour] of {donor}
+    | !use the [color|colour] of {donor} for {it}
+    | make {it} the [color|colour] of Image {k} | !paint {it} in the [color|colour] of Image {k}
+replace as = 2*{please} replace {it} [with|by] {donor} | swap {it} for {donor} | turn {it} into {donor}
+    | put {donor} in place of {it} | !swap {it} with {donor} | {donor} instead of {it}
+    | !change {it} into {donor}
+add as = 2*{please} [add|put] {donor} {cell} | insert {donor} {cell} | there should be {donor} {cell}
+    | place {donor} {cell} | !{cell} there should be {donor} | !also {donor} {cell}
+background as = 2*{please} [use|show] {donor ground} | give it {donor ground}
+    | replace the {back} [with|by] {donor ground} | make the {back} like that of Image {k}
+    | !change the {back} to {donor ground} | !put everything on {donor ground} | I want {donor ground}
+compose = 2*{please} [put|show|place] {donor} on {base ground} | {donor} on {base ground}
+    | {donor} in front of {base ground} | !draw {donor} on {base ground} | !on {base ground}, {donor}
+# A still image comes to life; clips of what images show; a motion again
+animate = 3*{it} {does} | 2*{please} make {it} {do} | let {it} {do} | {it} should {do}
+    | !{please} have {it} {do} | I want {it} to {do} | show {it} {motion} | !{it} is {motion}
+animated = 5*{list} | 2*animate Image 1: {list} | animate the image: {list} | {list} in the video
+    | a video in which {list} | animate it: {list} | !in the [clip|video], {list} | make a video: {list}
+    | !a clip in which {list}
+star = 3*{donor} {does} | {donor} begins {cell} and {does} | {donor} {cell} {does}
+    | 2*{donor} starts {cell} and {does} | a video of {donor} {motion} | make {donor} {do} | let {donor} {do}
+    | !show {donor} {motion} | !{donor}. it {does} | animate {donor}: it {does}
+stars = 3*{list} | 2*{list} on a {ground} {back} | on a {ground} {back}, {list} | !{list}. {ground is}
+    | !{ground is}. {list}
+stars elsewhere = 3*{list} on {donor ground} | on {donor ground}, {list} | !{list}. use {donor ground}
+    | !{list} in front of {donor ground}
+clone = 2*{please} [move|animate] {it} [as|like the object] in Video 1
+    | make {it} move as in [the video|Video 1] | {it} moves as in [Video 1|the clip]
+    | [copy|use] the motion of Video 1 for {it} | {it} does what Video 1 shows | animate {it} like Video 1
+    | !move {it} like the object of the video | let {it} move as the video shows
+    | {it} with the motion of [the video|Video 1] | !{it} should move like in Video 1
+clone object = 3*the object of Image 1 | 2*Image 1 | the object in Image 1 | it | !what is in Image 1
+# Questions
+look = 4*describe Image {k} | what is in Image {k} | what does Image {k} show
+    | what do [you|we] see in Image {k} | can you say what is in Image {k} | could you describe Image {k}
+    | !what can you see in Image {k} | !say what Image {k} shows
+watch = 4*describe Video 1 | what is in [the video|Video 1] | what does Video 1 show
+    | what happens in [the video|Video 1] | !what do you see in the video | !describe what happens in Video 1
+    | !say what the clip shows
+copy = 2*reconstruct Image {k} | show Image {k} | Image {k} again | copy Image {k} | !show Image {k} again
+the center = 2*the center | 2*the centre | !the middle
+"""
+for high, upper in (("top", "upper"), ("bottom", "lower")):
+    for side in ("left", "right"):
+        corner = f"[3*{high} {side}|{upper} {side}]"
+        RULES += f"""
+{high} {side} = 4*at the {corner} | 2*in the {corner} corner | in the {corner} | at {corner}
+    | in the {corner} corner of the [image|picture]
+    | !on the {corner} | !near the {corner} corner | !in {corner} | !{corner}
+the {high} {side} = 3*the {corner} | 2*the {corner} corner | !the {corner} of the picture
+"""
+for way, toward, course, moving, moves in (
+    ("left", "to the left", "from right to left", "sliding left", "slides left"),
+    ("right", "to the right", "from left to right", "sliding right", "slides right"),
+    ("up", "upwards", "from bottom to top", "rising", "rises"),
+    ("down", "downwards", "from top to bottom", "falling", "falls"),
+):
+    side = course.split()[-1]
+    RULES += f"""
+the {side} = 3*the {side} | the {side} edge | !the {side} side
+moving {way} = 4*moving {way} | 2*moving {toward} | going {way} | moving {course} | {moving} | !going {toward}
+moves {way} = 4*moves {way} | is moving {way} | goes {toward} | {moves} | !moves {toward}
+    | !is moving {toward}
+    | !goes {way} | !moves {course}
+move {way} = 4*move {way} | go {way} | go {toward} | !move {toward}
+"""
+
+
+class Choice:
+    """One of several phrases; those that are held out of training stand apart."""
+
+    def __init__(self, text):
+        self.known, self.held = [], []
+        for option in split(text):
+            mark, weight, phrase = re.fullmatch(r"(!)?(?:(\d)\*)?(.*)", option).groups()
+            phrases = self.held if mark else self.known
+            phrases += [parse(phrase)] * int(weight or 1)
+
+
+class Words(str):
+    """What has been said, even where it reads like the name of a rule."""
+
+
+class Name(str):
+    """The name of a fact or of a rule."""
+
+
+def split(text):
+    """Cut "a|[b|c]|d" at the bars that stand outside of brackets."""
+    options, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "|" and not depth:
+            options.append("")
+        else:
+            options[-1] += letter
+    return options
+
+
+def parse(text):
+    """A phrase as a list of words, Names and Choices."""
+    parts = []
+    while text:
+        begin = re.search(r"[\[{]|$", text).start()
+        if begin:
+            parts.append(text[:begin])
+        elif text[0] == "{":
+            begin = text.index("}") + 1
+            parts.append(Name(text[1 : begin - 1]))
+        else:
+            depth = 0
+            for begin, letter in enumerate(text, 1):
+                depth += (letter == "[") - (letter == "]")
+                if not depth:
+                    break
+            parts.append(Choice(text[1 : begin - 1]))
+        text = text[begin:]
+    return parts
+
+
+def read_rules(text):
+    """The rules of a text as {name: parsed phrase}."""
+    text = re.sub(r"\s+\| ", "|", re.sub("#.*", "", text))
+    rules = (line.split(" = ") for line in text.split("\n") if line)
+    return {name: [Choice(options)] for name, options in rules}
+
+
+GRAMMAR = read_rules(RULES)
+
+
+class Speaker(random.Random):
+    """Puts facts into words. `phrasing` is "known", or "unknown" for what training never sees; `held_out`
+    tells if such a phrase has been drawn."""
+
+    def __init__(self, seed, phrasing="known"):
+        super().__init__(seed)
+        self.all_phrases, self.held_out = phrasing == "unknown", False
+
+    def choice(self, options):
+        """One of them; four times as fast as random's own."""
+        return options[int(self.random() * len(options))]
+
+    def say(self, rule, **facts):
+        """A rule of the grammar in words, and the names of the facts that it states."""
+        words, stated = [], set()
+        self.expand(GRAMMAR[rule], facts, words, stated)
+        return Words(" ".join("".join(words).split())), stated
+
+    def expand(self, phrase, facts, words, stated):
+        for part in phrase:
+            if type(part) is str:
+                words.append(part)
+            elif type(part) is Name:
+                rule = part
+                if part in facts:
+                    stated.add(str(part))
+                    rule = facts[part]
+                if type(rule) is not Words and rule in GRAMMAR:
+                    self.expand(GRAMMAR[rule], facts, words, stated)
+                else:
+                    words.append(rule)
+            else:
+                options = part.known
+                if self.all_phrases and part.held and self.random() < 0.15:
+                    options, self.held_out = part.held, True
+                self.expand(self.choice(options), facts, words, stated)
+
+    def mumble(self, text):
+        """The text, now and then with a word or two that mean nothing here."""
+        if self.random() < 0.92:
+            return text
+        words = text.split()
+        for _ in range(self.randint(1, 2)):
+            word = "".join(self.choices(ascii_lowercase, k=self.randint(4, 9)))
+            words.insert(self.randint(0, len(words)), word)
+        return " ".join(words)
+
+
+def words_of(phrase):
+    """All words of a parsed phrase, those of its choices included."""
+    for part in phrase:
+        if type(part) is str:
+            yield from re.findall(r"\w+", part.lower())
+        elif type(part) is Choice:
+            yield from chain.from_iterable(map(words_of, part.known + part.held))
+
+
+def toy_tokenizer():
+    """One word, one token, whatever its case and the punctuation around it. Of punctuation only that of
+    figure 4's template and of captions is left; each unknown word is one UNKNOWN."""
+    texts = [SYSTEM_PROMPT, REWRITE_SYSTEM, " ".join(map(str, range(10)))]
+    texts.append("system user assistant seconds red green blue yellow black white")
+    words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
+    words |= {word for phrase in GRAMMAR.values() for word in words_of(phrase)}
+    vocabulary = {word: number for number, word in enumerate([UNKNOWN, *"\n.:<>", *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    token = Regex(r"\d|[^\W\d]+|[\n.:<>]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(token, "removed", invert=True)
+    clean = [decoders.WordPiece(), decoders.Fuse()]
+    clean += [decoders.Replace(text, text.capitalize()) for text in ("an image on", "a video on")]
+    tokenizer.decoder = decoders.Sequence([*clean, decoders.Replace(". a ", ". A ")])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return tokenizer
