@@ -34,18 +34,18 @@ TOY = {
     "beta1": 0.9, "beta2": 0.99, "ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "checkpointing": False
 }  # fmt: skip
 PARTS = {
-    "vae": Stage(lr=1.5e-3, steps=9_600, cooldown=6_000, shift=1.0, batch=48, trainable=["vae."], **TOY,
+    "vae": Stage(lr=1.5e-3, steps=15_000, cooldown=9_700, shift=1.0, batch=12, trainable=["vae."], **TOY,
                  mixture={"t2i": 0.3, "t2v": 0.7}),
-    "vlm": Stage(lr=1e-3, steps=20_000, cooldown=14_000, shift=1.0, batch=32,
+    "vlm": Stage(lr=1.5e-3, steps=6_000, cooldown=3_900, shift=1.0, batch=256,
                  trainable=["mm_encoder.mm_encoder."], **TOY,
-                 mixture={"look": 0.07, "watch": 0.06, "t2i": 0.13, "t2v": 0.15, "i2v": 0.05, "motion": 0.02}
-                 | {"ti2i": 0.16, "ti2i_ref": 0.08, "ti2v": 0.09, "tv2v": 0.12, "tiv2v": 0.07}),
-    "mmdit": Stage(lr=2e-3, steps=4_900, cooldown=1_600, shift=3.0, batch=128,
+                 mixture={"look": 0.18, "watch": 0.12, "t2i": 0.12, "t2v": 0.11, "i2v": 0.04, "motion": 0.03}
+                 | {"ti2i": 0.12, "ti2i_ref": 0.08, "ti2v": 0.08, "tv2v": 0.07, "tiv2v": 0.05}),
+    "mmdit": Stage(lr=2e-3, steps=1_000, cooldown=330, shift=3.0, batch=1024, encode_once=16_384,
                    trainable=["native_text.", "transformer."], **TOY | {"drop": 0.1},
                    mixture={"t2i": 0.5, "t2v": 0.5}),
 }  # fmt: skip
 KL = 3e-5  # weight of the posterior's distance to the normal distribution, against the squared error
-EDGE = 2  # how much more than elsewhere errors count at edges, which is where shapes melt
+EDGE = 4  # how much more than elsewhere errors count at edges, which is where shapes melt
 
 
 def edges(pixels):
