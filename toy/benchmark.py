@@ -118,7 +118,7 @@ def score_cast(row, sample, output, target, source):
 
 
 def score_edit(row, sample, output, target, source):
-    """GEdit and OpenVE: is the target's scene there, and what shall not change, does it stay (PSNR)? That is
+    """GEdit and OpenVE: is the target's scene there, and does the rest stay unchanged (PSNR)? That is
     measured where the text leaves nothing free."""
     last = output.shape[1] - 1
     seen = detect(output[:, sorted({0, last // 2, last})].transpose(0, 1))
@@ -165,7 +165,7 @@ def read_caption(text):
 
 
 def score_caption(row, sample, answer, target, source):
-    """Does the VLM's caption keep every fact of the prompt, and say what the result shall show?"""
+    """Does the VLM's caption keep every fact of the prompt, and describe the intended result?"""
     is_video, scene = read_caption(answer) or (None, None)
     told, (name, _, phrasing) = sample.told, row.partition(", ")
 
@@ -489,7 +489,7 @@ def benchmark(args):
     ways = {"generate": make, "answer": answer, "rewrite": rewrite, "autoencode": autoencode}
     suites = [name for name in args.suites or SUITES if name != "queries"]
     results, sheet = measure(suites, args.samples, world, args.device, ways)
-    text = table(results) + "\nIn brackets and behind ±: 95% intervals.\n"
+    text = table(results) + "\nIn brackets and after ±: 95% intervals.\n"
     if "queries" in args.suites:
         text += "\n" + compare_queries(model, world, args.samples, args.device, settings)
     (folder / "benchmark.md").write_text(text)

@@ -1,4 +1,4 @@
-"""What frames show, found by colour and outline, and whether it is what a text tells. Lengths are the toy
+"""What frames show, found by colour and outline, and whether it matches a text. Lengths are the toy
 world's."""
 
 import math
@@ -56,8 +56,8 @@ def components(mask):
 
 
 def identify(mask, sure, names):
-    """The Thing that covers a mask [64, 64]: of the colour that most of it surely [64, 64, colours] has, and
-    of the shape that, drawn with the same centre and area, overlaps it most."""
+    """The Thing that covers a mask [64, 64]: its colour is `sure` [64, 64, colours] in most of it, and
+    its shape, drawn with the same centre and area, overlaps it most."""
     shares = sure[mask].float().mean(0)
     color = names[shares.argmax()] if shares.max() > 0.6 else "unclear"
     (y, x), area = (mask.nonzero() + 0.5).mean(0), mask.sum()
@@ -92,7 +92,7 @@ def looks(things):
 
 def is_there(thing, item, place, sizes=True):
     """Is a thing an object of a text, as far as it tells? It lies within 4 pixels of its place (x, y, r)
-    and, if sizes count, within 2.5 of its radius: half the way from small to large."""
+    and, if sizes count, within 2.5 of its radius: halfway from small to large."""
     x, y, r = place
     near = item.cell is None or math.hypot(thing.x - x, thing.y - y) < 4
     large = item.size is None or not sizes or abs(thing.r - r) < 2.5
@@ -122,7 +122,7 @@ def pairings(seen, told):
 
 def motion(first, last):
     """The motion, out of MOTIONS, that is nearest to what a thing did."""
-    scale = np.array((1, 1, 3.4))  # 5 pixels of radius are as much as 17 of way
+    scale = np.array((1, 1, 3.4))  # 5 pixels of radius count as 17 of travel
     change = np.subtract(last[2:5], first[2:5]) * scale
     return min(MOTIONS, key=lambda name: math.dist(change, MOTIONS[name].change * scale))
 

@@ -391,8 +391,8 @@ def words_of(phrase):
 
 
 def toy_tokenizer():
-    """One word, one token, whatever its case and the punctuation around it. Of punctuation only that of
-    figure 4's template and of captions is left; each unknown word is one UNKNOWN."""
+    """One word, one token, whatever its case and the punctuation around it. Only the punctuation of
+    figure 4's template and of captions is kept; each unknown word is one UNKNOWN."""
     texts = [SYSTEM_PROMPT, REWRITE_SYSTEM, " ".join(map(str, range(10)))]
     texts.append("system user assistant seconds red green blue yellow black white")
     words = {word for text in texts for word in re.findall(r"\w+", text.lower())}

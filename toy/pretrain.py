@@ -4,7 +4,7 @@
     python -m toy.pretrain --part vlm --weights runs/pretrain-vae/final.safetensors
 
     vae      the autoencoder, on images and clips
-    vlm      the language model: it describes what it sees, and foretells in a caption what a prompt or an
+    vlm      the language model: it describes what it sees, and predicts in a caption what a prompt or an
              instruction asks for
     mmdit    text to image and video, with a text encoder of its own. That one is thrown away, so that stage 1
              has to align the VLM with the model (2.3)
@@ -45,7 +45,7 @@ PARTS = {
                    mixture={"t2i": 0.5, "t2v": 0.5}),
 }  # fmt: skip
 KL = 3e-5  # weight of the posterior's distance to the normal distribution, against the squared error
-EDGE = 4  # how much more than elsewhere errors count at edges, which is where shapes melt
+EDGE = 4  # extra weight of errors at edges, which is where shapes melt
 
 
 def edges(pixels):
@@ -141,7 +141,7 @@ class Captioning(Objective):
 
 
 class NativeText(nn.Module):
-    """The text encoder that the tiny text-to-video model is born with: a table of words and one of places."""
+    """The tiny text-to-video model's own text encoder: word and position embeddings."""
 
     def __init__(self, config, tokenizer, length=256):
         super().__init__()
@@ -185,7 +185,7 @@ def quieten(vino):
 
 @torch.no_grad()
 def scale_latents(run):
-    """Make latents as wide as the noise, as rectified flow wants them."""
+    """Give latents the noise's standard deviation, for rectified flow."""
     latents = []
     for task in run.source.tasks:
         drawn = [run.source.draw(task, 0, -1 - number) for number in range(64)]
@@ -218,6 +218,8 @@ def parse_arguments(arguments):
     about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser("toy.pretrain", "python -m toy.pretrain [options]", about)
     parser.add_argument("--part", choices=list(PARTS), help="only this one; by default all three")
+    parser.add_argument("--weights", help="a .safetensors to go on from; by default random weights")
+    parser.add_argument("--out", help="output goes to OUT-vae, OUT-vlm, OUT-mmdit; default: runs/pretrain")
     parser.set_defaults(data=None, shard="ddp", ema_on_host=False)
     train.add_common_arguments(parser)
     for f in fields(Stage):

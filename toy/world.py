@@ -204,7 +204,7 @@ class SampleMaker(Speaker):
 
     def phrase(self, scene, clip, kind=""):
         """A request for a scene as people type it, what it states, and the relation that it states."""
-        quiet, relation = clip and self.random() < 0.06, ""  # quiet: what moves how is free
+        quiet, relation = clip and self.random() < 0.06, ""  # quiet: the motions are free
         style = self.choice(["item", "sentence"] if kind else STYLES)
         style = "item" if quiet else style
         if kind == "position":
@@ -406,7 +406,7 @@ class SampleMaker(Speaker):
 
 
 def make_sample(seed, task, images, phrasing="known"):
-    """A Sample of a task with so many reference images: the same for the same seed. Training draws "known"
+    """A task's Sample with `images` reference images: the same for the same seed. Training draws "known"
     phrasings; each text of "unknown" ones has a phrase that training never draws."""
     maker = SampleMaker(seed, phrasing)
     while True:
