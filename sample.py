@@ -66,8 +66,8 @@ def say(*lines):
 
 def fail(message):
     """End with one line and status 2."""
-    line = " ".join(message.split())[:600]
-    say(f"sample.py: error: {line}")
+    line, rank = " ".join(message.split())[:600], f" (rank {RANK})" if RANK else ""
+    tqdm.write(f"sample.py: error{rank}: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -347,7 +347,7 @@ def check_writable(path, args, seed):
     if path.exists() and not args.overwrite and made_by(path) != (args.command, seed):
         raise InputError(f"{path} exists; --overwrite replaces it")
     path.parent.mkdir(exist_ok=True)
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.{os.getpid()}.partial")
     partial.touch()
     partial.unlink(missing_ok=True)  # another process may have been faster
 
@@ -383,7 +383,7 @@ def encode(suffix, pixels, fps, facts):
 
 def write(path, content):
     """Write bytes to a file that has its name only when it is complete, and else is removed."""
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)
         partial.replace(path)
@@ -450,7 +450,7 @@ def profile(seconds, device):
 # --- Main ---------------------------------------------------------------------------------------------------
 
 
-def run_tasks(args, do):
+def run_tasks(args, do, load):
     """do(job) for each item of --tasks -> whether any failed; these are named at the end. --rewrite-only then
     writes the file again: `caption` is the VLM's, `caption_raw` the user's."""
     items, out = vino.read_json(args.tasks), Path(args.out)
@@ -459,6 +459,8 @@ def run_tasks(args, do):
         check_writable(out, args, args.seed)
     else:
         out.mkdir(parents=True, exist_ok=True)
+    if not args.explain:
+        load()  # what fails here fails every item
     for position, job in enumerate(jobs, 1):
         name = job.outputs[args.seed].name
         say(f"[{position}/{len(jobs)}] {name}")
@@ -506,7 +508,7 @@ def work(args):
         return model
 
     do = functools.partial(run, args=args, config=config, tokenizer=tokenizer, load=load)
-    failed = run_tasks(args, do) if args.prompt is None else do(single_job(args))
+    failed = run_tasks(args, do, load) if args.prompt is None else do(single_job(args))
     if seconds:
         show(profile(seconds, args.device))
     return bool(failed)

@@ -213,7 +213,7 @@ def test_sizes_of_references_equal_the_release():
         assert [h, w] == case["letterbox_hw"]
         once = vino.vlm_size(h, w, *defaults.image_resize[0])
         assert list(vino.vlm_size(*once, *defaults.image_resize[1])) == case["vlm_hw"]
-        assert list(vino.video_size(*case["src_wh"], case["area"])) == case["target_hw"]
+        assert list(vino.scaled_size("", *case["src_wh"], case["area"])) == case["target_hw"]
 
 
 def test_full_size_parameters_have_the_public_names_and_shapes():

@@ -97,8 +97,8 @@ class VisionConfig:
     spatial_merge_size: int = 2
     num_position_embeddings: int = 2304
     deepstack_visual_indexes: list = items(5, 11, 17)
-    # The release resizes twice in turn: [sides are multiples of, fewest pixels, most pixels]. The limits of a
-    # video's second resizing count the pixels of all its frames.
+    # The release resizes twice in turn. Of each `vlm_size` takes [sides are multiples of, fewest pixels, most
+    # pixels]. The limits of a video's second resizing count the pixels of all its frames.
     image_resize: list = items([28, 4 * 28**2, 16384 * 28**2], [32, 2**16, 2**24])
     video_resize: list = items([28, 256 * 32**2, 768 * 28**2], [32, 2**12, 25165824])
     video_frames: int = 8  # appendix B
@@ -143,7 +143,7 @@ def build_prompts(tokenizer, texts, references, merge, system=SYSTEM_PROMPT):
         pad = tokenizer.token_to_id("<|video_pad|>" if reference.is_video else "<|image_pad|>")
         pending += "Video 1: " if reference.is_video else f"Image {number}: "
         for pair in range(t):  # two frames of a video each; an image is one
-            if reference.is_video:  # their mean timestamp at an assumed 24 frames a second
+            if reference.is_video:  # the release counts the frames that the VLM sees as 24 a second
                 pending += f"<{(2 * pair + 0.5) / 24:.1f} seconds>"
             append(pending + "<|vision_start|>")
             pending = ""
@@ -280,8 +280,8 @@ class MultiModalEncoder(nn.Module):
         positions = positions.to(embeds.device)
         mask = None if mask is None else mask.to(embeds.device, torch.long)
         with sdpa_kernel(ANY_LENGTH):  # prompts differ in length
-            # By position: transformers 4 and 5 name the cache differently. Without a cache they would take
-            # jumps in the positions for the borders of packed sequences.
+            # input_ids is None; positional, for transformers 4 and 5 name the cache differently. Without a
+            # cache they would take jumps in the positions for the borders of packed sequences.
             visual = {"visual_pos_masks": visual_mask, "deepstack_visual_embeds": deepstack}
             language_model = self.mm_encoder.model.language_model
             output = language_model(None, mask, positions, cache, embeds, output_hidden_states=True, **visual)
@@ -347,16 +347,11 @@ def pack(references, target):
         target: patches [B, D, T, H, W].
     Returns: tokens [B, L, D], the target's last, and positions [L, 3] in time, height and width.
     """
-    pieces = []
-    for start, patches, end in references:
-        if start is None:
-            pieces.append(patches)
-        else:
-            pieces.extend([start[:, :, None, None, None], patches, end[:, :, None, None, None]])
-    pieces.append(target)
-
+    pieces = [piece for triple in [*references, (target,)] for piece in triple if piece is not None]
     tokens, positions, time = [], [], 0
     for piece in pieces:
+        if piece.dim() == 2:
+            piece = piece[:, :, None, None, None]  # a boundary token is a block of one
         t, h, w = (torch.arange(size, device=target.device) for size in piece.shape[2:])
         tokens.append(piece.flatten(2).mT.to(target.dtype))  # [B, T*H*W, D]
         positions.append(torch.cartesian_prod(time + t, h, w))  # [T*H*W, 3]
@@ -418,8 +413,8 @@ def attend(q, k, v, rope=None, mask=None):
     if mask is not None:
         mask = mask[:, None, None]  # [B, heads, queries, keys]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, head]
-    # cuDNN's kernel, the fastest, is for sampling. It plans each new length anew, and up to torch 2.13 takes
-    # the gradient of one block for one of another layout: it gets wrong (pytorch pull request 191576).
+    # cuDNN's kernel, the fastest, is for sampling only: it plans each new length anew, and up to torch 2.13
+    # its backward misreads the gradient's layout (pytorch pull request 191576).
     with sdpa_kernel(ANY_LENGTH) if torch.is_grad_enabled() else nullcontext():
         x = F.scaled_dot_product_attention(q, k, v, mask)
     return x.transpose(1, 2).flatten(2)
@@ -611,9 +606,9 @@ class MMDiT(nn.Module):
     def blocks(self):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
-    def forward(self, latents, t, condition, group=None):
+    def forward(self, latents, t, condition, parallel=None):
         """Velocity (noise - data) of the target's latents [B, C, T, H, W] at times t [B], where 1 is noise,
-        under a Condition. `group` is a SequenceParallel of processes that share the tokens."""
+        under a Condition. `parallel` is a SequenceParallel of processes that share the tokens."""
         dtype = self.proj_out.weight.dtype
         timestep = 999 * t  # as the release scales it
         target = self.x_embedder(latents.to(dtype))  # [B, D, t, h, w]
@@ -632,21 +627,21 @@ class MMDiT(nn.Module):
         if mask is not None:
             mask = F.pad(mask, (visual, 0), value=True)  # [B, Lv + Lt]
         attention = partial(attend, rope=rope, mask=mask)
-        if group:
-            x, text, attention = group.shard(x, text, rope, mask)
+        if parallel:
+            x, text, attention = parallel.shard(x, text, rope, mask)
 
         for block in self.transformer_blocks:
             x, text = block(x, text, embedding, attention)
-        streams = [x.shape[1], text.shape[1]]
+        own = x.shape[1]  # visual tokens of this process
         x = torch.cat([x, text], 1)
         for block in self.single_transformer_blocks:
             x = block(x, embedding, attention)
-        x, _ = x.split(streams, 1)
+        x = x[:, :own]
 
         scale, shift = self.norm_out(embedding)  # in this order in the checkpoint
         x = self.proj_out(modulate(x, shift, scale))
-        if group:
-            x = group.gather(x, visual)
+        if parallel:
+            x = parallel.gather(x, visual)
         grid = target.shape[2:]
         x = x[:, -math.prod(grid) :].unflatten(-1, (-1, *self.patch)).unflatten(1, grid)
         x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # [B, C, t, pt, h, ph, w, pw]
@@ -786,7 +781,7 @@ def tiled(function, x, dim, sizes, ratio, lead=0):
         if previous is None:
             result.append(first)
         else:
-            blend = min(overlap, len(output), len(previous) - step)
+            blend = min(overlap, len(output), len(previous) - step)  # the last tiles may be short
             weight = (torch.arange(blend, device=x.device) / blend).to(output.dtype)
             weight = weight.view(-1, *[1] * (x.dim() - 1))
             blended = previous[step : step + blend] * (1 - weight) + output[:blend] * weight
@@ -1107,9 +1102,9 @@ class Vino(nn.Module):
         with torch.cuda.device(device):  # FSDP takes the current one
             for layer in layers:
                 fully_shard(layer, offload_policy=CPUOffloadPolicy(), **options)
-        visitors = {parameter for layer in layers for parameter in layer.parameters()}
+        on_host = {parameter for layer in layers for parameter in layer.parameters()}
         for tensor in [*self.parameters(), *self.buffers()]:
-            if tensor not in visitors:
+            if tensor not in on_host:
                 tensor.data = tensor.data.to(device)
 
 
@@ -1216,11 +1211,14 @@ def letterbox(image, area):
     return canvas
 
 
-def video_size(width, height, area):
-    """(h, w) of the given area at the aspect ratio width / height: the size at which a clip is decoded."""
+def scaled_size(path, width, height, area):
+    """(h, w) of the given area at the aspect ratio width / height, for the picture or clip at `path`."""
     ratio = width / height
     h = math.sqrt(area / ratio)
-    return round(h), round(h * ratio)
+    w = h * ratio
+    if min(round(h), round(w)) < 16:
+        raise InputError(f"{path}: {width} x {height} is too narrow: one side gets less than 16 pixels")
+    return round(h), round(w)
 
 
 def crop16(frames):
@@ -1351,9 +1349,7 @@ def read_frames(path, area=None):
     if area:
         if turns % 2:
             width, height = height, width
-        h, w = video_size(width, height, area)
-        if min(h, w) < 16:
-            raise InputError(f"{path}: {width} x {height} is too narrow: one side gets less than 16 pixels")
+        h, w = scaled_size(path, width, height, area)
         scale = f"{h}:{w}" if turns % 2 else f"{w}:{h}"
         filters = [("scale", f"{scale}:flags=bilinear"), ("format", "rgb24")]
     with reading(path, "a video"), imageio.imopen(path, "r", plugin="pyav") as file:
