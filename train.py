@@ -113,7 +113,7 @@ MIXTURES = {  # figure 6 shows the paper's shares as a drawing only; stage 1's t
 
 @dataclass
 class Stage:
-    """A column of table 1, and below it what the paper does not number. A config's "training" section and the
+    """A column of table 1, then what the paper does not quantify. A config's "training" section and the
     command line can change any of it."""
 
     lr: float  # constant, but for `warmup` and `cooldown`
@@ -127,7 +127,7 @@ class Stage:
     mixture: dict  # task: share
     weight_decay: float = 0.01
     clip: float = 1.0  # the gradient's norm; 0 is none
-    drop: float = 0.1  # probability to drop the text, the images, the video: each on its own (appendix B)
+    drop: float = 0.1  # probability of dropping text, images, video, each independently (appendix B)
     batch: int = 1  # samples per process: "a local batch size of 1" (3.1)
     checkpointing: bool = True  # of the MMDiT's blocks (3.1)
     # The paper has what follows, too, but no numbers: these are ours.
@@ -215,8 +215,8 @@ def chance(*key):
 
 def drop_conditions(batch, stage):
     """Choose long or short prompts, and drop conditions for classifier-free guidance, each on its own
-    (appendix B). The text of each sample has a choice of its own, the images and the video of each process's
-    batch. With many images these share the step's choice: all processes have equally much to do."""
+    (appendix B). Text is chosen for each sample, the images and the video for each process's
+    batch. With many images these share the step's choice, so all processes do equal work."""
     images = sum(not reference.is_video for reference in batch.references)
     seed, step, _ = batch.key
     choice = chance(*((seed, step) if images > stage.sync_drop_images else batch.key), "references")
@@ -442,7 +442,7 @@ SHORT = 4096  # tokens: what the full size computes for so few takes 36 GiB; wha
 
 
 def checkpointed(block, *inputs):
-    """A block's forward that keeps its inputs and what its attention gives, and computes all else again for
+    """A block's forward that keeps its inputs and its attention's output, and recomputes the rest for
     the backward. Attention is most of a long sequence's work, and its result little of the memory. Of `SHORT`
     sequences all is kept."""
     forward = partial(type(block).forward, block)
@@ -453,8 +453,8 @@ def checkpointed(block, *inputs):
 
 
 def distribute(objective, how, dtype):
-    """The module to call in training. Its weights are float32 where they train, and in the type that it
-    computes in where they are frozen. how: "ddp"; "zero2", the paper's, where weights stay whole from forward
+    """The module to call in training. Trainable weights are float32, frozen ones have the type that it
+    computes in. how: "ddp"; "zero2", the paper's, where weights stay whole from forward
     to backward, and gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered
     anew for the backward."""
     sharded = how != "ddp" and dist.is_initialized()
@@ -466,7 +466,7 @@ def distribute(objective, how, dtype):
     unsharded |= {parameter for parameter in objective.parameters() if parameter.numel() == 0}
     for module in (*objective.vino.transformer.blocks(), objective):
         for parameter in module.parameters():
-            if parameter.requires_grad:  # block by block: all of them in float32 at once need not fit
+            if parameter.requires_grad:  # block by block: all of them in float32 at once may not fit
                 parameter.data = parameter.data.float()
         if sharded:
             fully_shard(module, **options, ignored_params=unsharded)
@@ -698,7 +698,7 @@ def restore(run, path, saved):
     for name, value in settings(run).items():
         before = saved["settings"].get(name)
         if value != before:
-            say(f"going on with {name} {value}; until here it was {before}")
+            say(f"continuing with {name} {value}; it was {before}")
     files = [open_safetensors(path / f"{share}.safetensors") for share in range(saved["shares"])]
     for name, tensor in run.tensors().items():
         parts = [file.get_tensor(name) for file in files]
@@ -808,10 +808,7 @@ def read_metrics(folder):
 def add_common_arguments(parser):
     """What the three stages and toy/pretrain.py share."""
     add = parser.add_argument
-    add("--weights", help="a .safetensors, a folder of public weights, 'hub' or 'random'; by default what "
-        "the stage before has exported, else assets/tiny.safetensors")  # fmt: skip
     add("--config", help="JSON with the fields of the weights' Config to change")
-    add("--out", help="folder for all output; by default runs/stageN")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     add("--seed", type=int, default=0)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; by default bfloat16 on a GPU")
@@ -827,6 +824,9 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser("train.py", usage, about, allow_abbrev=False)
     add = parser.add_argument
     add("--stage", required=True, choices=list(STAGES), help="column of table 1")
+    add("--weights", help="a .safetensors, a folder of public weights, 'hub' or 'random'; by default what "
+        "the stage before has exported, else assets/tiny.safetensors")  # fmt: skip
+    add("--out", help="folder for all output; by default runs/stageN")
     add("--data", help="JSON lines, one sample a line; by default the toy world")
     add("--tasks", nargs="+", metavar="TASK", help="of the stage's mixture only these")
     add("--shard", choices=["ddp", "zero2", "fsdp"], default="zero2", help="under torchrun: copies of "

@@ -114,7 +114,7 @@ SYSTEM_PROMPT = "You are a helpful assistant aimed at generating an output video
 class Prompts:
     """Figure 4's template, filled in for B texts about the same references, and tokenised."""
 
-    ids: Tensor  # [B, L]; before shorter texts stands padding
+    ids: Tensor  # [B, L]; padding precedes shorter texts
     positions: Tensor  # [3, B, L]: M-RoPE positions in time, height and width
     mask: Tensor | None  # [B, L], False at padding; None where there is none
     starts: list  # for each reference, the index of its (first) <|vision_start|>
@@ -193,7 +193,7 @@ class Condition:
 
 
 def connector(in_dim, out_dim):
-    """Two-layer MLP from the VLM's hidden states to the MMDiT (2.1), behind the release's norm."""
+    """Two-layer MLP from the VLM's hidden states to the MMDiT (2.1), after the release's norm."""
     hidden = 4 * out_dim
     mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, out_dim))
     return chain(norm_qwen=nn.RMSNorm(in_dim, eps=1e-6), mlp=mlp)
@@ -720,7 +720,7 @@ class FrameAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling, then a convolution. In time the first frame is not repeated."""
+    """Nearest-neighbour upsampling, then a convolution. The first frame is not repeated in time."""
 
     def __init__(self, channels, factor):
         super().__init__()
@@ -902,7 +902,7 @@ class SamplingConfig:
         "low quality, blurry, distorted, malformed, watermark, text",
         "low quality, blurry, distorted, malformed, flickering, jitter, watermark, text",
     )
-    rewrite: bool = False  # expand prompts that have no references by default
+    rewrite: bool = False  # by default expand prompts without references
     rewrite_system: str = (
         "You are a helpful assistant aimed at generating an output video caption. Based on the user's input "
         "command, provide a caption describing the video and output it directly. "
@@ -982,7 +982,7 @@ class Vino(nn.Module):
         """The guidance branches of non-zero weight (appendix B): {name: (weight, Condition)}.
 
         "text_dropped" has negative prompts and all references. "image_dropped" has negative prompts, the
-        video and, with `base`, the last image, the one being edited; no other image, no image guidance.
+        video and, with `base`, the last image, which is edited; if none is dropped, no image guidance.
         """
         images = [reference for reference in references if not reference.is_video]
         dropped = images[:-1] if base else images
@@ -1338,7 +1338,7 @@ def read_image(path):
 
 def read_frames(path, area=None):
     """The frames of the clip at `path`, one after the other: uint8 [H, W, 3], upright. With `area` the
-    decoder scales them to so many pixels at the clip's own aspect ratio (ffmpeg's bilinear filter)."""
+    decoder scales them to that area at the clip's own aspect ratio (ffmpeg's bilinear filter)."""
     with reading(path, "a video"), imageio.imopen(path, "r", plugin="pyav") as file:
         height, width = file.properties(0).shape[:2]
         matrix = file.metadata(0).get("DISPLAYMATRIX")
@@ -1428,7 +1428,7 @@ def agree(ours, theirs, name, path):
 
 
 def read_config(path, weights):
-    """The Config of a JSON file for `weights`. Fields that it does not name come from these, if they are a
+    """The Config of a JSON file for `weights`. Fields that it leaves out come from `weights`, if that is a
     `.safetensors` of this project, else from the defaults."""
     base = read_metadata(weights, None)[0] if Path(weights).suffix == ".safetensors" else Config()
     training = base.training

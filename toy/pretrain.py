@@ -168,6 +168,8 @@ def parse_arguments(arguments):
     about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser("toy.pretrain", "python -m toy.pretrain [options]", about)
     parser.add_argument("--part", choices=list(PARTS), help="only this one; by default all three")
+    parser.add_argument("--weights", help="a .safetensors to go on from; by default random weights")
+    parser.add_argument("--out", help="output goes to OUT-vae, OUT-vlm, OUT-mmdit; default: runs/pretrain")
     parser.set_defaults(data=None, shard="ddp", ema_on_host=False)
     train.add_common_arguments(parser)
     for f in fields(Stage):
