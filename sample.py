@@ -13,7 +13,7 @@ The task follows from what you give:
 
 An edit has the shape of what it edits: --height and --width then set its area only.
 A file that exists is kept, unless the very same command has made it.
-What is wrong with a command is one line on stderr and exit status 2, before the model is loaded.
+A wrong command gets one line on stderr and exit status 2, before the model is loaded.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
-# Before torch starts: its idle threads shall sleep, not spin. On a busy machine that is many times faster.
+# Before torch starts: idle threads then sleep, not spin, which is many times faster on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -66,13 +66,13 @@ def say(*lines):
 
 def fail(message):
     """End with one line and status 2."""
-    line = " ".join(message.split())[:600]
-    say(f"sample.py: error: {line}")
+    line, rank = " ".join(message.split())[:600], f" (rank {RANK})" if RANK else ""
+    tqdm.write(f"sample.py: error{rank}: {line}", file=sys.stderr)
     sys.exit(2)
 
 
 def show(text):
-    """Print to stdout. A full disk or a closed pipe there is no error of the result, which has a file."""
+    """Print to stdout. A full disk or a closed pipe there does not harm the result, which is a file."""
     if RANK == 0:
         try:
             print(text, flush=True)
@@ -194,7 +194,7 @@ def choose_weights(args):
 @dataclass
 class Job:
     """One prompt with its references and results: the command line's, or an item of a task file, whose
-    fields the first six are."""
+    fields are the first six."""
 
     index: str = ""  # the name of an item's result
     task: str = ""  # one of TASKS
@@ -319,7 +319,7 @@ def run(job, args, config, tokenizer, load):
     outputs = {} if args.explain or args.rewrite_only else job.outputs
     for seed, path in outputs.items():
         check_writable(path, args, seed)
-    say(*notices(job, tokenizer))  # behind all that could be a line of error
+    say(*notices(job, tokenizer))  # after all that may end in an error line
     by_default = config.sampling.rewrite and job.task in ("t2i", "t2v") and args.weights != "random"
     if args.rewrite_only or (by_default if args.rewrite is None else args.rewrite):
         job.caption = load().rewrite([job.caption], images, video)[0] or job.caption
@@ -343,11 +343,11 @@ def run(job, args, config, tokenizer, load):
 
 
 def check_writable(path, args, seed):
-    """What cannot be written fails here, before the work. What this very command has made may be replaced."""
+    """Fail before the work if a file cannot be written. Results of this very command may be replaced."""
     if path.exists() and not args.overwrite and made_by(path) != (args.command, seed):
         raise InputError(f"{path} exists; --overwrite replaces it")
     path.parent.mkdir(exist_ok=True)
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.{os.getpid()}.partial")
     partial.touch()
     partial.unlink(missing_ok=True)  # another process may have been faster
 
@@ -383,7 +383,7 @@ def encode(suffix, pixels, fps, facts):
 
 def write(path, content):
     """Write bytes to a file that has its name only when it is complete, and else is removed."""
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)
         partial.replace(path)
@@ -450,7 +450,7 @@ def profile(seconds, device):
 # --- Main ---------------------------------------------------------------------------------------------------
 
 
-def run_tasks(args, do):
+def run_tasks(args, do, load):
     """do(job) for each item of --tasks -> whether any failed; these are named at the end. --rewrite-only then
     writes the file again: `caption` is the VLM's, `caption_raw` the user's."""
     items, out = vino.read_json(args.tasks), Path(args.out)
@@ -459,6 +459,8 @@ def run_tasks(args, do):
         check_writable(out, args, args.seed)
     else:
         out.mkdir(parents=True, exist_ok=True)
+    if not args.explain:
+        load()  # what fails here fails every item
     for position, job in enumerate(jobs, 1):
         name = job.outputs[args.seed].name
         say(f"[{position}/{len(jobs)}] {name}")
@@ -506,7 +508,7 @@ def work(args):
         return model
 
     do = functools.partial(run, args=args, config=config, tokenizer=tokenizer, load=load)
-    failed = run_tasks(args, do) if args.prompt is None else do(single_job(args))
+    failed = run_tasks(args, do, load) if args.prompt is None else do(single_job(args))
     if seconds:
         show(profile(seconds, args.device))
     return bool(failed)
@@ -515,7 +517,7 @@ def work(args):
 def main(argv=None):
     """Run the command line `argv` -> exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal need not know the letters of a name
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know the letters of a name
     args = build_parser().parse_args(argv)
     args.command = shlex.join(["python", "sample.py", *argv])
     torch.backends.cudnn.deterministic = True  # the same command gives the same picture

@@ -213,7 +213,7 @@ def test_sizes_of_references_equal_the_release():
         assert [h, w] == case["letterbox_hw"]
         once = vino.vlm_size(h, w, *defaults.image_resize[0])
         assert list(vino.vlm_size(*once, *defaults.image_resize[1])) == case["vlm_hw"]
-        assert list(vino.video_size(*case["src_wh"], case["area"])) == case["target_hw"]
+        assert list(vino.scaled_size("", *case["src_wh"], case["area"])) == case["target_hw"]
 
 
 def test_full_size_parameters_have_the_public_names_and_shapes():
@@ -1006,8 +1006,24 @@ def test_a_run_on_files_is_resumed_exactly_and_visits_every_sample_once_an_epoch
     run(small_config, tmp_path / "b", data, "--steps=2", *ONE)
     again = run(small_config, tmp_path / "b", data, "--steps=4", "--resume", *ONE)
     assert equal(whole.tensors(), again.tensors())
-    seen = Counter(whole.source.draw("ti2i", 0, index).prompts[0] for index in range(99))
+    draw = whole.source.draw
+    seen = {draw("ti2i", 0, index).prompts[0] for index in range(99)}
     assert len(seen) == 99  # one is held out for validation
+    assert seen.isdisjoint(draw("ti2i", 0, -1 - number).prompts[0] for number in range(train.VALIDATION))
+
+
+def test_a_resumed_run_names_another_step_size_and_a_finished_one_is_not_overwritten(
+    small_config, manifest, tmp_path, capsys, train_refuses
+):
+    data, out = manifest({}), tmp_path / "run"
+    run(small_config, out, data, "--steps=1", "--batch=3", SILENT)
+    start(small_config, out, data, "--steps=2", "--resume", SILENT)
+    assert "continuing with samples per step 1; it was 3" in capsys.readouterr().err
+    shutil.rmtree(out / "checkpoints")
+    content = {path: path.read_bytes() for path in out.iterdir()}
+    for more in ([], ["--resume"]):
+        assert "holds a finished run without its checkpoints" in train_refuses(out, data, *more, SILENT)
+    assert {path: path.read_bytes() for path in out.iterdir()} == content
 
 
 def test_frames_have_the_stages_area_at_their_own_aspect_ratio(tmp_path):
@@ -1016,6 +1032,8 @@ def test_frames_have_the_stages_area_at_their_own_aspect_ratio(tmp_path):
         h, w = train.read_target(tmp_path / "a.png", 1, 640**2, framed=True).shape[3:]
         exact = 640 * math.sqrt(height / width), 640 * math.sqrt(width / height)
         assert h % 16 == w % 16 == 0 and abs(h - exact[0]) <= 16 and abs(w - exact[1]) <= 16
+        unframed = train.read_target(tmp_path / "a.png", 1, 640**2, framed=False)
+        assert unframed.max() == -1, "a black picture has no white bars where it is no reference's"
     film(tmp_path / "clip.mkv", np.zeros((15, 96, 128, 3), np.uint8))
     assert train.read_target(tmp_path / "clip.mkv", 85, 64**2, framed=False).shape == (1, 3, 13, 48, 64)
     assert train.read_target(tmp_path / "clip.mkv", 9, 64**2, framed=True).shape == (1, 3, 9, 48, 64)
@@ -1139,7 +1157,7 @@ def test_a_damaged_checkpoint_or_one_of_another_run_is_one_clear_error(
     message = train_refuses(tmp_path, "--resume", "--no-queries")
     assert "field 'num_queries' does not fit: it is 0 here, and 4" in message
     start(small_config, tmp_path, "--resume", "--lr=0.5")
-    assert "going on with lr 0.5; until here it was 0.001" in capsys.readouterr().err
+    assert "continuing with lr 0.5; it was 0.001" in capsys.readouterr().err
     os.truncate(tmp_path / "checkpoints/step_00000001/0.safetensors", 1000)
     told = train_refuses(tmp_path, "--resume", "--steps=2")
     assert "cut short" in told and "step_00000001" in told

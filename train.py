@@ -54,7 +54,7 @@ from tqdm import tqdm
 from vino import (
     InputError, MMDiT, Reference, Vino, agree, compiled, crop16, existing, flow_loss, letterbox, normalize,
     open_safetensors, override, read_config, read_frames, read_image, read_json, read_video, sample,
-    to_frames,
+    scaled_size, to_frames,
 )  # fmt: skip
 
 HERE = Path(__file__).parent
@@ -113,7 +113,7 @@ MIXTURES = {  # figure 6 shows the paper's shares as a drawing only; stage 1's t
 
 @dataclass
 class Stage:
-    """A column of table 1, and below it what the paper does not number. A config's "training" section and the
+    """A column of table 1, then what the paper does not quantify. A config's "training" section and the
     command line can change any of it."""
 
     lr: float  # constant, but for `warmup` and `cooldown`
@@ -127,7 +127,7 @@ class Stage:
     mixture: dict  # task: share
     weight_decay: float = 0.01
     clip: float = 1.0  # the gradient's norm; 0 is none
-    drop: float = 0.1  # probability to drop the text, the images, the video: each on its own (appendix B)
+    drop: float = 0.1  # probability of dropping text, images, video, each independently (appendix B)
     batch: int = 1  # samples per process: "a local batch size of 1" (3.1)
     checkpointing: bool = True  # of the MMDiT's blocks (3.1)
     # The paper has what follows, too, but no numbers: these are ours.
@@ -167,7 +167,7 @@ def make_stage(number, config, arguments, stages=STAGES):
     stage = replace(stage, **given)
     if arguments.get("tasks"):
         check_known(f"task of stage {number}", arguments["tasks"], stage.mixture)
-        stage.mixture = {task: stage.mixture[task] for task in arguments["tasks"]}
+        stage.mixture = {task: share for task, share in stage.mixture.items() if task in arguments["tasks"]}
     settings = (arguments | asdict(stage)).items()
     numbers = {name: value for name, value in settings if isinstance(value, (int, float))} | stage.mixture
     for name, value in numbers.items():
@@ -215,8 +215,8 @@ def chance(*key):
 
 def drop_conditions(batch, stage):
     """Choose long or short prompts, and drop conditions for classifier-free guidance, each on its own
-    (appendix B). The text of each sample has a choice of its own, the images and the video of each process's
-    batch. With many images these share the step's choice: all processes have equally much to do."""
+    (appendix B). Text is chosen for each sample, the images and the video for each process's
+    batch. With many images these share the step's choice, so all processes do equal work."""
     images = sum(not reference.is_video for reference in batch.references)
     seed, step, _ = batch.key
     choice = chance(*((seed, step) if images > stage.sync_drop_images else batch.key), "references")
@@ -281,10 +281,11 @@ class Manifest(Source):
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: {one_line(error)}") from error
         self.tasks = [task for task in self.tasks if task in self.all]
-        self.training = {}  # all but the first ones, which are held out for validation
+        self.training, self.validation = {}, {}  # the first ones are held out for validation
         for task in self.tasks:
             held_out = min(VALIDATION, math.ceil(len(self.all[task]) / 100), len(self.all[task]) - 1)
             self.training[task] = self.all[task][held_out:]
+            self.validation[task] = self.all[task][:held_out] or self.all[task]  # of one sample: that one
 
     def read_entry(self, number, line):
         """A manifest's line as an Entry, if it has what its task needs."""
@@ -318,7 +319,7 @@ class Manifest(Source):
         """A Batch of one. The next sample stands in for one that cannot be read, which is reported once. More
         than 1% of them end the run."""
         if index < 0:
-            order, place = self.all[task], -1 - index
+            order, place = self.validation[task], -1 - index
         else:
             epoch, place = divmod(index, len(self.training[task]))
             order = self.shuffled(task, epoch)
@@ -359,7 +360,10 @@ def read_target(path, frames, area, framed):
     """A target [1, 3, T, H, W] with about `area` pixels: an image, or of a clip up to `frames` frames. It is
     treated like a reference image if it has to lie on one (`framed`), else like a reference video."""
     if frames == 1:
-        return normalize(to_frames([letterbox(read_image(path), area)]))
+        image = read_image(path)
+        h, w = scaled_size(path, *image.size, area)
+        image = letterbox(image, area) if framed else image.resize((w, h), Image.LANCZOS)
+        return normalize(to_frames(crop16(np.asarray(image)[None])))
     clip = list(islice(read_frames(path, None if framed else area), frames))
     if len(clip) < 5:
         raise InputError(f"{path} has {len(clip)} frame(s), and the VAE needs at least 5")
@@ -438,7 +442,7 @@ SHORT = 4096  # tokens: what the full size computes for so few takes 36 GiB; wha
 
 
 def checkpointed(block, *inputs):
-    """A block's forward that keeps its inputs and what its attention gives, and computes all else again for
+    """A block's forward that keeps its inputs and its attention's output, and recomputes the rest for
     the backward. Attention is most of a long sequence's work, and its result little of the memory. Of `SHORT`
     sequences all is kept."""
     forward = partial(type(block).forward, block)
@@ -449,19 +453,20 @@ def checkpointed(block, *inputs):
 
 
 def distribute(objective, how, dtype):
-    """The module to call in training. Its weights are float32 where they train, and in the type that it
-    computes in where they are frozen. how: "ddp"; "zero2", the paper's, where weights stay whole from forward
+    """The module to call in training. Trainable weights are float32, frozen ones have the type that it
+    computes in. how: "ddp"; "zero2", the paper's, where weights stay whole from forward
     to backward, and gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered
     anew for the backward."""
     sharded = how != "ddp" and dist.is_initialized()
     mesh = init_device_mesh(next(objective.parameters()).device.type, (WORLD,)) if sharded else None
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": how == "fsdp"}
-    unsharded = {*objective.vino.mm_encoder.mm_encoder.parameters(), *objective.vino.vae.parameters()}
+    frozen = [*objective.vino.mm_encoder.mm_encoder.parameters(), *objective.vino.vae.parameters()]
+    unsharded = {parameter for parameter in frozen if not parameter.requires_grad}
     unsharded |= {parameter for parameter in objective.parameters() if parameter.numel() == 0}
     for module in (*objective.vino.transformer.blocks(), objective):
         for parameter in module.parameters():
-            if parameter.requires_grad:  # block by block: all of them in float32 at once need not fit
+            if parameter.requires_grad:  # block by block: all of them in float32 at once may not fit
                 parameter.data = parameter.data.float()
         if sharded:
             fully_shard(module, **options, ignored_params=unsharded)
@@ -631,7 +636,7 @@ def train(run):
             bar.update()
 
             last = run.step == stage.steps
-            if args.validate_every and (last or run.step % args.validate_every == 0):
+            if args.validate_every and not signals and (last or run.step % args.validate_every == 0):
                 validate(run)  # before the checkpoint, so that a resumed run lacks none
             if last or signals or run.failed == 10 or run.step % args.save_every == 0:
                 save(run)
@@ -655,13 +660,18 @@ def identity(run):
     return asdict(run.vino.config) | {"sampling": {}, "training": {}} | own
 
 
+def settings(run):
+    """What may change when a run goes on, which is then reported."""
+    return asdict(run.stage) | {"samples per step": run.step_size, "dtype": str(run.dtype)}
+
+
 def save(run):
     """Write a checkpoint, which gets its name when it is complete, and remove all but the newest ones. Each
     process writes its share as a `.safetensors`: to open one runs no code, so a stranger's is safe."""
     final = run.out / "checkpoints" / f"step_{run.step:08d}"
     partial = final.with_suffix(".partial")
     state = {"step": run.step, "drawn": run.drawn, "weights": run.weights, "shares": run.shares}
-    state |= {"identity": identity(run), "stage": asdict(run.stage)}
+    state |= {"identity": identity(run), "settings": settings(run)}
     problem = ""
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -685,10 +695,10 @@ def restore(run, path, saved):
     """Continue from a checkpoint, written by any number of processes; `saved` is its `state.json`."""
     for name, value in identity(run).items():
         agree(value, saved["identity"].get(name), name, path)
-    for name, value in asdict(run.stage).items():
-        before = saved["stage"].get(name)
+    for name, value in settings(run).items():
+        before = saved["settings"].get(name)
         if value != before:
-            say(f"going on with {name} {value}; until here it was {before}")
+            say(f"continuing with {name} {value}; it was {before}")
     files = [open_safetensors(path / f"{share}.safetensors") for share in range(saved["shares"])]
     for name, tensor in run.tensors().items():
         parts = [file.get_tensor(name) for file in files]
@@ -798,10 +808,7 @@ def read_metrics(folder):
 def add_common_arguments(parser):
     """What the three stages and toy/pretrain.py share."""
     add = parser.add_argument
-    add("--weights", help="a .safetensors, a folder of public weights, 'hub' or 'random'; by default what "
-        "the stage before has exported, else assets/tiny.safetensors")  # fmt: skip
     add("--config", help="JSON with the fields of the weights' Config to change")
-    add("--out", help="folder for all output; by default runs/stageN")
     add("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     add("--seed", type=int, default=0)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; by default bfloat16 on a GPU")
@@ -817,6 +824,9 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser("train.py", usage, about, allow_abbrev=False)
     add = parser.add_argument
     add("--stage", required=True, choices=list(STAGES), help="column of table 1")
+    add("--weights", help="a .safetensors, a folder of public weights, 'hub' or 'random'; by default what "
+        "the stage before has exported, else assets/tiny.safetensors")  # fmt: skip
+    add("--out", help="folder for all output; by default runs/stageN")
     add("--data", help="JSON lines, one sample a line; by default the toy world")
     add("--tasks", nargs="+", metavar="TASK", help="of the stage's mixture only these")
     add("--shard", choices=["ddp", "zero2", "fsdp"], default="zero2", help="under torchrun: copies of "
@@ -879,6 +889,8 @@ def find_checkpoint(out, resume):
     """The newest checkpoint in `out` and its `state.json`; None and {} where a run begins."""
     found = complete_checkpoints(out)
     if not found:
+        if (out / "final.safetensors").exists():
+            raise InputError(f"{out} holds a finished run without its checkpoints; choose another --out")
         return None, {}
     if not resume:
         raise InputError(f"{out} holds a run: continue it with --resume, or choose another --out")
@@ -921,6 +933,10 @@ def main(arguments=None, parse=parse_arguments, work=lambda args: train(prepare(
         return work(args)
     except (InputError, OSError, SafetensorError) as error:  # the last two: a full disk
         print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        advice = "try fewer --latent-frames, --shard fsdp on more GPUs, or --ema-on-host"
+        print(f"train.py: {one_line(error)}; {advice}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

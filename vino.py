@@ -97,8 +97,8 @@ class VisionConfig:
     spatial_merge_size: int = 2
     num_position_embeddings: int = 2304
     deepstack_visual_indexes: list = items(5, 11, 17)
-    # The release resizes twice in turn: [sides are multiples of, fewest pixels, most pixels]. The limits of a
-    # video's second resizing count the pixels of all its frames.
+    # The release resizes twice in turn. Of each `vlm_size` takes [sides are multiples of, fewest pixels, most
+    # pixels]. The limits of a video's second resizing count the pixels of all its frames.
     image_resize: list = items([28, 4 * 28**2, 16384 * 28**2], [32, 2**16, 2**24])
     video_resize: list = items([28, 256 * 32**2, 768 * 28**2], [32, 2**12, 25165824])
     video_frames: int = 8  # appendix B
@@ -114,7 +114,7 @@ SYSTEM_PROMPT = "You are a helpful assistant aimed at generating an output video
 class Prompts:
     """Figure 4's template, filled in for B texts about the same references, and tokenised."""
 
-    ids: Tensor  # [B, L]; before shorter texts stands padding
+    ids: Tensor  # [B, L]; padding precedes shorter texts
     positions: Tensor  # [3, B, L]: M-RoPE positions in time, height and width
     mask: Tensor | None  # [B, L], False at padding; None where there is none
     starts: list  # for each reference, the index of its (first) <|vision_start|>
@@ -143,7 +143,7 @@ def build_prompts(tokenizer, texts, references, merge, system=SYSTEM_PROMPT):
         pad = tokenizer.token_to_id("<|video_pad|>" if reference.is_video else "<|image_pad|>")
         pending += "Video 1: " if reference.is_video else f"Image {number}: "
         for pair in range(t):  # two frames of a video each; an image is one
-            if reference.is_video:  # their mean timestamp at an assumed 24 frames a second
+            if reference.is_video:  # the release counts the frames that the VLM sees as 24 a second
                 pending += f"<{(2 * pair + 0.5) / 24:.1f} seconds>"
             append(pending + "<|vision_start|>")
             pending = ""
@@ -193,7 +193,7 @@ class Condition:
 
 
 def connector(in_dim, out_dim):
-    """Two-layer MLP from the VLM's hidden states to the MMDiT (2.1), behind the release's norm."""
+    """Two-layer MLP from the VLM's hidden states to the MMDiT (2.1), after the release's norm."""
     hidden = 4 * out_dim
     mlp = nn.Sequential(nn.Linear(in_dim, hidden), nn.GELU("tanh"), nn.Linear(hidden, out_dim))
     return chain(norm_qwen=nn.RMSNorm(in_dim, eps=1e-6), mlp=mlp)
@@ -280,8 +280,8 @@ class MultiModalEncoder(nn.Module):
         positions = positions.to(embeds.device)
         mask = None if mask is None else mask.to(embeds.device, torch.long)
         with sdpa_kernel(ANY_LENGTH):  # prompts differ in length
-            # By position: transformers 4 and 5 name the cache differently. Without a cache they would take
-            # jumps in the positions for the borders of packed sequences.
+            # input_ids is None; positional, for transformers 4 and 5 name the cache differently. Without a
+            # cache they would take jumps in the positions for the borders of packed sequences.
             visual = {"visual_pos_masks": visual_mask, "deepstack_visual_embeds": deepstack}
             language_model = self.mm_encoder.model.language_model
             output = language_model(None, mask, positions, cache, embeds, output_hidden_states=True, **visual)
@@ -347,16 +347,11 @@ def pack(references, target):
         target: patches [B, D, T, H, W].
     Returns: tokens [B, L, D], the target's last, and positions [L, 3] in time, height and width.
     """
-    pieces = []
-    for start, patches, end in references:
-        if start is None:
-            pieces.append(patches)
-        else:
-            pieces.extend([start[:, :, None, None, None], patches, end[:, :, None, None, None]])
-    pieces.append(target)
-
+    pieces = [piece for triple in [*references, (target,)] for piece in triple if piece is not None]
     tokens, positions, time = [], [], 0
     for piece in pieces:
+        if piece.dim() == 2:
+            piece = piece[:, :, None, None, None]  # a boundary token is a block of one
         t, h, w = (torch.arange(size, device=target.device) for size in piece.shape[2:])
         tokens.append(piece.flatten(2).mT.to(target.dtype))  # [B, T*H*W, D]
         positions.append(torch.cartesian_prod(time + t, h, w))  # [T*H*W, 3]
@@ -418,8 +413,8 @@ def attend(q, k, v, rope=None, mask=None):
     if mask is not None:
         mask = mask[:, None, None]  # [B, heads, queries, keys]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, head]
-    # cuDNN's kernel, the fastest, is for sampling. It plans each new length anew, and up to torch 2.13 takes
-    # the gradient of one block for one of another layout: it gets wrong (pytorch pull request 191576).
+    # cuDNN's kernel, the fastest, is for sampling only: it plans each new length anew, and up to torch 2.13
+    # its backward misreads the gradient's layout (pytorch pull request 191576).
     with sdpa_kernel(ANY_LENGTH) if torch.is_grad_enabled() else nullcontext():
         x = F.scaled_dot_product_attention(q, k, v, mask)
     return x.transpose(1, 2).flatten(2)
@@ -611,9 +606,9 @@ class MMDiT(nn.Module):
     def blocks(self):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
-    def forward(self, latents, t, condition, group=None):
+    def forward(self, latents, t, condition, parallel=None):
         """Velocity (noise - data) of the target's latents [B, C, T, H, W] at times t [B], where 1 is noise,
-        under a Condition. `group` is a SequenceParallel of processes that share the tokens."""
+        under a Condition. `parallel` is a SequenceParallel of processes that share the tokens."""
         dtype = self.proj_out.weight.dtype
         timestep = 999 * t  # as the release scales it
         target = self.x_embedder(latents.to(dtype))  # [B, D, t, h, w]
@@ -632,21 +627,21 @@ class MMDiT(nn.Module):
         if mask is not None:
             mask = F.pad(mask, (visual, 0), value=True)  # [B, Lv + Lt]
         attention = partial(attend, rope=rope, mask=mask)
-        if group:
-            x, text, attention = group.shard(x, text, rope, mask)
+        if parallel:
+            x, text, attention = parallel.shard(x, text, rope, mask)
 
         for block in self.transformer_blocks:
             x, text = block(x, text, embedding, attention)
-        streams = [x.shape[1], text.shape[1]]
+        own = x.shape[1]  # visual tokens of this process
         x = torch.cat([x, text], 1)
         for block in self.single_transformer_blocks:
             x = block(x, embedding, attention)
-        x, _ = x.split(streams, 1)
+        x = x[:, :own]
 
         scale, shift = self.norm_out(embedding)  # in this order in the checkpoint
         x = self.proj_out(modulate(x, shift, scale))
-        if group:
-            x = group.gather(x, visual)
+        if parallel:
+            x = parallel.gather(x, visual)
         grid = target.shape[2:]
         x = x[:, -math.prod(grid) :].unflatten(-1, (-1, *self.patch)).unflatten(1, grid)
         x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # [B, C, t, pt, h, ph, w, pw]
@@ -725,7 +720,7 @@ class FrameAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling, then a convolution. In time the first frame is not repeated."""
+    """Nearest-neighbour upsampling, then a convolution. The first frame is not repeated in time."""
 
     def __init__(self, channels, factor):
         super().__init__()
@@ -786,7 +781,7 @@ def tiled(function, x, dim, sizes, ratio, lead=0):
         if previous is None:
             result.append(first)
         else:
-            blend = min(overlap, len(output), len(previous) - step)
+            blend = min(overlap, len(output), len(previous) - step)  # the last tiles may be short
             weight = (torch.arange(blend, device=x.device) / blend).to(output.dtype)
             weight = weight.view(-1, *[1] * (x.dim() - 1))
             blended = previous[step : step + blend] * (1 - weight) + output[:blend] * weight
@@ -907,7 +902,7 @@ class SamplingConfig:
         "low quality, blurry, distorted, malformed, watermark, text",
         "low quality, blurry, distorted, malformed, flickering, jitter, watermark, text",
     )
-    rewrite: bool = False  # expand prompts that have no references by default
+    rewrite: bool = False  # by default expand prompts without references
     rewrite_system: str = (
         "You are a helpful assistant aimed at generating an output video caption. Based on the user's input "
         "command, provide a caption describing the video and output it directly. "
@@ -987,7 +982,7 @@ class Vino(nn.Module):
         """The guidance branches of non-zero weight (appendix B): {name: (weight, Condition)}.
 
         "text_dropped" has negative prompts and all references. "image_dropped" has negative prompts, the
-        video and, with `base`, the last image, the one being edited; no other image, no image guidance.
+        video and, with `base`, the last image, which is edited; if none is dropped, no image guidance.
         """
         images = [reference for reference in references if not reference.is_video]
         dropped = images[:-1] if base else images
@@ -1107,9 +1102,9 @@ class Vino(nn.Module):
         with torch.cuda.device(device):  # FSDP takes the current one
             for layer in layers:
                 fully_shard(layer, offload_policy=CPUOffloadPolicy(), **options)
-        visitors = {parameter for layer in layers for parameter in layer.parameters()}
+        on_host = {parameter for layer in layers for parameter in layer.parameters()}
         for tensor in [*self.parameters(), *self.buffers()]:
-            if tensor not in visitors:
+            if tensor not in on_host:
                 tensor.data = tensor.data.to(device)
 
 
@@ -1216,11 +1211,14 @@ def letterbox(image, area):
     return canvas
 
 
-def video_size(width, height, area):
-    """(h, w) of the given area at the aspect ratio width / height: the size at which a clip is decoded."""
+def scaled_size(path, width, height, area):
+    """(h, w) of the given area at the aspect ratio width / height, for the picture or clip at `path`."""
     ratio = width / height
     h = math.sqrt(area / ratio)
-    return round(h), round(h * ratio)
+    w = h * ratio
+    if min(round(h), round(w)) < 16:
+        raise InputError(f"{path}: {width} x {height} is too narrow: one side gets less than 16 pixels")
+    return round(h), round(w)
 
 
 def crop16(frames):
@@ -1340,7 +1338,7 @@ def read_image(path):
 
 def read_frames(path, area=None):
     """The frames of the clip at `path`, one after the other: uint8 [H, W, 3], upright. With `area` the
-    decoder scales them to so many pixels at the clip's own aspect ratio (ffmpeg's bilinear filter)."""
+    decoder scales them to that area at the clip's own aspect ratio (ffmpeg's bilinear filter)."""
     with reading(path, "a video"), imageio.imopen(path, "r", plugin="pyav") as file:
         height, width = file.properties(0).shape[:2]
         matrix = file.metadata(0).get("DISPLAYMATRIX")
@@ -1351,9 +1349,7 @@ def read_frames(path, area=None):
     if area:
         if turns % 2:
             width, height = height, width
-        h, w = video_size(width, height, area)
-        if min(h, w) < 16:
-            raise InputError(f"{path}: {width} x {height} is too narrow: one side gets less than 16 pixels")
+        h, w = scaled_size(path, width, height, area)
         scale = f"{h}:{w}" if turns % 2 else f"{w}:{h}"
         filters = [("scale", f"{scale}:flags=bilinear"), ("format", "rgb24")]
     with reading(path, "a video"), imageio.imopen(path, "r", plugin="pyav") as file:
@@ -1432,7 +1428,7 @@ def agree(ours, theirs, name, path):
 
 
 def read_config(path, weights):
-    """The Config of a JSON file for `weights`. Fields that it does not name come from these, if they are a
+    """The Config of a JSON file for `weights`. Fields that it leaves out come from `weights`, if that is a
     `.safetensors` of this project, else from the defaults."""
     base = read_metadata(weights, None)[0] if Path(weights).suffix == ".safetensors" else Config()
     training = base.training
