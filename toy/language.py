@@ -24,27 +24,27 @@ UNKNOWN = "[UNK]"  # what each unknown word is to the tokenizer
 RULES = """
 # Facts: "circle" stands in requests for images, "moving circle" in those for clips, "the circle" where it is
 # seen; "left" is a place, "the left" the one to go to.
-small = 4*small | little | !tiny
-moving small = 4*small | tiny | !little
-large = 4*large | big | !huge
-moving large = 4*large | huge | !big
+small = 2*small | little | !tiny
+moving small = 2*small | 2*tiny | !little
+large = 2*large | big | !huge
+moving large = 2*large | 2*huge | !big
 made small = 2*small | 2*smaller | 2*tiny | !little
 made large = 2*large | 2*bigger | larger | huge | !big
-purple = 3*purple | violet
-cyan = 3*cyan | turquoise
+purple = 2*purple | violet
+cyan = 2*cyan | turquoise
 gray = gray | grey
-circle = 5*circle | disc | !disk | !dot
-moving circle = 5*circle | disk | dot | !disc
-the circle = 5*circle | disk | disc | !dot
-square = 5*square | box | !block
-moving square = 5*square | block | !box
-the square = 5*square | block | !box
+circle = 3*circle | disc | !disk | !dot
+moving circle = 2*circle | disk | dot | !disc
+the circle = 2*circle | disk | disc | !dot
+square = 3*square | box | !block
+moving square = 2*square | block | !box
+the square = 2*square | block | !box
 diamond = 5*diamond | !rhombus
-moving diamond = 4*diamond | rhombus
-the diamond = 4*diamond | rhombus
-cross = 5*cross | plus sign | !plus
-moving cross = 5*cross | plus | !plus sign
-the cross = 4*cross | plus | !plus sign
+moving diamond = 2*diamond | rhombus
+the diamond = 2*diamond | rhombus
+cross = 3*cross | plus sign | !plus
+moving cross = 2*cross | plus | !plus sign
+the cross = 2*cross | plus | !plus sign
 moving triangle = triangle
 triangle = triangle
 the triangle = triangle
@@ -54,7 +54,7 @@ triangles = triangles
 diamonds = diamonds
 crosses = 4*crosses | plus signs
 two = 4*two | a pair of | !2
-two moving = 3*two | 2 | !a pair of
+two moving = 2*two | 2 | !a pair of
 three = 4*three | 3
 top = 4*at the top | near the top | at the top edge | !on the top
 bottom = 4*at the bottom | near the bottom | at the bottom edge | !on the bottom
@@ -81,8 +81,8 @@ shrink = 4*shrink | get smaller | !become smaller
 a = 4*a | 3* | 2*the | one
 thing = 5*{a} [2*|{size}] {color} {shape} | !{a} {color} {size} {shape} | !{a} [|{size}] {shape} in {color}
     | {a} [|{size}] {shape} that is {color} | {a} [|{size}] {shape}
-things = 4*{number} [2*|{size} ]{color} {plural} | {number} [|{size} ]{plural} | !{number} {plural} in {color}
-    | !{number} {plural} that are {color}
+things = 4*{number} [2*|{size} ]{color} {plural} | {number} [|{size} ]{plural} | {number} {plural} in {color}
+    | {number} {color} {size} {plural} | !{number} {plural} that are {color}
 # Pictures and clips: the frame of a request
 picture = 3*image | 2*picture | drawing | !photo
 clip = 3*video | 2*clip | !animation | !movie
@@ -113,7 +113,7 @@ clip request in sentences = 6*{list} | 2*{list} {on} | 2*{list}. {ground is} | 2
     | !{please} make a {clip}: {list}
     | a {clip} in which {list} | !a {clip} where {list}
 quiet clip request = {quiet lead} {list} | {quiet lead} {list} {on}
-quiet lead = a video of | a movie of | {please} make a clip of | {please} show a video of
+quiet lead = a video of | a movie of | {please} make a clip of | {please} show [a video|an animation] of
     | !create an animation of
     | !I want a video of
 # Objects in a list, or as sentences of their own; in clips each says what it does
@@ -141,10 +141,11 @@ moving sentence = 5*{thing} {does} | 3*{thing} {cell} {does} | 2*{thing} starts 
     | !{thing} that starts {cell} and {does}
 moving items = {things} {motion} | !{things}, all {motion}
 moving sentences = there are {things}. they are {motion} | !there are {things} {motion}
-relation item = 4*{first} {how} {second} | {first}, {how} {second} | {second}, and {how} it {first}
-    | !{first} that is {how} {second} | !{second} with {first} {how} it
+relation item = 4*{first} {how} {second} | {second}, and {how} it {first} | {second} and {first} {how} it
+    | {how} {second} {first} | !{first} that is {how} {second} | !{second} with {first} {how} it
 relation sentence = 3*{first} is {how} {second} | there is {first} {how} {second}
-    | {how} {second} there is {first} | !{how} {second} is {first}
+    | {how} {second} [there is|we see|put|draw] {first} | there is {second}. {first} is {how} it
+    | there is {second} and {how} it is {first} | !{how} {second} is {first}
 # Things that are there: in a picture, in a video, in one of several
 only = 4*it | 2*the object | the shape | this | !this one | !this object
 by shape = 3*the {seen shape} | {seen shape} | !that {seen shape}
