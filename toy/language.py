@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from vino import SPECIAL_TOKENS, SYSTEM_PROMPT, Config
 
+LITTLE = {*"a an the is are there that with at in on".split()}  # what people may leave out
 REWRITE_SYSTEM = Config().sampling.rewrite_system
 UNKNOWN = "[UNK]"  # what each unknown word is to the tokenizer
 
@@ -372,10 +373,12 @@ class Speaker(random.Random):
                 self.expand(self.choice(options), facts, words, stated)
 
     def mumble(self, text):
-        """The text, now and then with a word or two that mean nothing here."""
-        if self.random() < 0.92:
-            return text
+        """The text, now and then without some of its little words, or with words that mean nothing here."""
         words = text.split()
+        if self.random() < 0.25:
+            words = [word for word in words if word not in LITTLE or self.random() < 0.4]
+        if self.random() < 0.92:
+            return " ".join(words)
         for _ in range(self.randint(1, 2)):
             word = "".join(self.choices(ascii_lowercase, k=self.randint(4, 9)))
             words.insert(self.randint(0, len(words)), word)
