@@ -1295,6 +1295,15 @@ def test_a_task_file_makes_all_nine_tasks_and_names_the_items_that_fail(media, c
     assert (kind["codec"], kind["video_format"], kind["fps"]) == ("h264", "yuv420p", 8)
 
 
+def test_weights_that_do_not_load_end_a_task_file_at_once_and_any_process_says_so(media, capsys, monkeypatch):
+    Path("two.json").write_text(json.dumps([{"caption": "x", "task": "t2i", "index": k} for k in range(2)]))
+    monkeypatch.setattr(command_line, "RANK", 1)
+    with patch.object(Vino, "load", side_effect=InputError("a tensor is missing")) as load:
+        assert sample_py(*"--tasks two.json --out results".split()) == 2
+    assert load.call_count == 1
+    assert capsys.readouterr().err == "sample.py: error (rank 1): a tensor is missing\n"
+
+
 CALLS = {
     "": "t2i", "--frames 9": "t2v", "--out a.gif": "t2v", "--image 1": "ti2i", "--image 1 --frames 5": "i2v",
     "--image 1 --out a.MP4": "i2v", "--image 1 2": "ti2i", "--image 1 --image 2 --out a.mp4": "ti2v",
