@@ -205,7 +205,7 @@ def belongs(sample, row):
     items = sample.target.objects
     apart = all(len({getattr(item, name) for item in items}) == len(items) for name in row.differ)
     stirs = any(item.motion != "standing still" for item in items) or not row.moves
-    typed = sample.prompt != sample.short_prompt or sample.images or sample.video  # no caption in its place
+    typed = sample.told != sample.target or sample.images or sample.video  # no caption in its place
     return typed and row.kind in (None, sample.kind) and apart and stirs and row.objects in (None, len(items))
 
 
@@ -410,19 +410,21 @@ def compare_queries(vino, world, samples, device, settings):
     for long and for short prompts, which are not expanded. Takes the queries away from `vino`."""
     rewrite, vino.config.sampling.rewrite = vino.config.sampling.rewrite, False
     rows = SUITES["geneval"].rows
-    batches = [pair for row in rows for pair in draw_batches(row, "both", samples, world, device)]
+    batches = [
+        (row.name, *pair) for row in rows for pair in draw_batches(row, "both", samples, world, device)
+    ]
     kinds = ("long prompts", "short prompts")
     shares, right = {kind: [] for kind in kinds}, {}
-    for drawn, _ in batches:
+    for _, drawn, _ in batches:
         for number, sample in enumerate(drawn[:4]):
             shares[kinds[number % 2]].append(queries_share(vino, sample.prompt, (1, 64, 64)))
     for label in ("with", "without"):
         if label == "without":
             vino.remove_queries()
-        for drawn, batch in tqdm(batches, desc=f"{label} queries", unit="batch"):
+        for row, drawn, batch in tqdm(batches, desc=f"{label} queries", unit="batch"):
             outputs = generate(vino, batch, seed=batch.key[0], **settings).cpu()
             for number, (sample, output) in enumerate(zip(drawn, outputs)):
-                [(_, value), *_] = score_image("", sample, output, None, None).items()
+                [(_, value), *_] = score_image(row, sample, output, None, None).items()
                 right.setdefault((kinds[number % 2], label), []).append(value)
     vino.config.sampling.rewrite = rewrite
     lines = ["| queries | samples | right with | right without | share of attention on text |"]

@@ -36,7 +36,7 @@ cyan = 2*cyan | turquoise
 gray = gray | grey
 circle = 3*circle | disc | !disk | !dot
 moving circle = 2*circle | disk | dot | !disc
-the circle = 2*circle | disk | disc | !dot
+the circle = 2*circle | disk | dot | !disc
 square = 3*square | box | !block
 moving square = 2*square | block | !box
 the square = 2*square | block | !box
@@ -96,7 +96,7 @@ clip lead = 8* | {please} [show|make|create|generate] | I want [|to see ] | show
     | I would like to see | [a |]clip of | make [a video|an animation] of | give me | !a movie of
     | I would like | !can you make [|a video of ] | an animation of | !please make a clip of
 back = 4*background | backdrop
-the back = 6*the {back} | !{back}
+the back = 6*the {back} | {back}
 on = 6*on a {ground} {back} | on {ground} | with a {ground} {back} | against a {ground} {back}
     | !over a {ground} {back} | !in front of a {ground} {back} | on a {back} that is {ground}
 ground is = 4*the {back} is {ground} | {ground} {back} | a {ground} {back} | !use a {ground} {back}
@@ -110,7 +110,7 @@ clip request = 6*{clip lead} {list} | 5*{clip lead} {list} {on} | {on} {list}
     | {clip lead} {list}. {ground is} | {ground is}. {list} | {on}[: |, there is |, show ]{list}
     | !{ground} {back} with {list} | !{list}, {ground is}
 clip request in sentences = 6*{list} | 2*{list} {on} | 2*{list}. {ground is} | 2*{ground is}. {list}
-    | {on} {list} | a {clip} {on}. {list} | !{list}, {on} | !in the {clip}, {list}
+    | {on} {list} | a {clip} {on}. {list} | !in the {clip}, {list}
     | !{please} make a {clip}: {list}
     | a {clip} in which {list} | !a {clip} where {list}
 quiet clip request = {quiet lead} {list} | {quiet lead} {list} {on}
@@ -124,15 +124,15 @@ and sentence = . | and
 and moving item = 4*and | 2*, and | 2*, | with | while
 and first moving item = , | and | while
 and moving sentence = 3*. | 2*and | while
-item = 5*{thing} | 5*{thing} {cell} | !{thing}, {cell},
+item = {thing} | {thing} {cell}
 first item = 3*{cell} {thing} | {cell}: {thing} | !{cell}, we see {thing}
 sentence = 2*there is {thing} | there's {thing} | 4*{thing} is {cell} | there is {thing} {cell}
     | {cell} there is {thing}
     | {cell} is {thing} | !{cell}: {thing} | !{thing}. it is {cell} | {thing} stands {cell}
 items = {things}
-sentences = 3*there are {things} | !draw {things} | !I want {things}
+sentences = there are {things}
 moving item = 5*{thing} {motion} | 3*{thing} {cell} {motion} | 2*{thing} {motion} from {the cell}
-    | !{thing}, {motion}[|, {cell}] | !{thing} that {does}
+    | !{thing} {motion} {cell} | !{thing} that {does}
 first moving item = 3*{cell} {thing} {motion} | {cell}: {thing} {motion} | !{cell}, we see {thing} {motion}
 moving sentence = 5*{thing} {does} | 3*{thing} {cell} {does} | 2*{thing} starts {cell} and {does}
     | there is {thing} {motion} | [make|let] {thing} {do} | {thing} is {cell}. it {does}
@@ -184,7 +184,7 @@ add = 3*{please} [add|put|draw] {thing}[2* {cell}|] | {please} insert {thing}[2*
     | show {thing} {cell} too | !{cell} there should be {thing} | {please} also put {thing} {cell}
     | one more: {thing}
 remove = 3*{please} [delete|erase] {it} | {please} remove {it} from the {what} | !{please} remove {it}
-    | !remove {it} | {please} take {it} away | get rid of {it} | {it} should be gone
+    | {please} take {it} away | get rid of {it} | {it} should be gone
     | take {it} out of the {what} | the {what} without {it} | I want {it} gone | !get {it} away
     | {please} get {it} out of the {what} | take away {it} | take {it} out | !without {it}
     | {please} make {it} go away | !I do not want {it}
@@ -220,7 +220,7 @@ compose = 2*{please} [put|show|place] {donor} on {base ground} | {donor} on {bas
     | {donor} in front of {base ground} | !draw {donor} on {base ground} | !on {base ground}, {donor}
 # A still image comes to life; clips of what images show; a motion again
 animate = 3*{it} {does} | 2*{please} make {it} {do} | let {it} {do} | {it} should {do}
-    | !{please} have {it} {do} | I want {it} to {do} | show {it} {motion} | !{it} is {motion}
+    | !{please} have {it} {do} | I want {it} to {do} | show {it} {motion} | {it} is {motion}
 animated = 5*{list} | 2*animate Image 1: {list} | animate the image: {list} | {list} in the video
     | a video in which {list} | animate it: {list} | !in the [clip|video], {list} | make a video: {list}
     | !a clip in which {list}
@@ -253,7 +253,7 @@ for high, upper in (("top", "upper"), ("bottom", "lower")):
         RULES += f"""
 {high} {side} = 4*at the {corner} | 2*in the {corner} corner | in the {corner} | at {corner}
     | in the {corner} corner of the [image|picture]
-    | !on the {corner} | !near the {corner} corner | !in {corner} | !{corner}
+    | in {corner} | !on the {corner} | !near the {corner} corner
 the {high} {side} = 3*the {corner} | 2*the {corner} corner | !the {corner} of the picture
 """
 for way, toward, course, moving, moves in (
@@ -373,9 +373,11 @@ class Speaker(random.Random):
                 self.expand(self.choice(options), facts, words, stated)
 
     def mumble(self, text):
-        """The text, now and then without some of its little words, or with words that mean nothing here."""
+        """A known text, now and then without some of its little words, or with meaningless ones."""
         words = text.split()
-        if self.random() < 0.25:
+        if self.all_phrases:  # what is held out could turn into something known
+            return text
+        if self.random() < 0.5:
             words = [word for word in words if word not in LITTLE or self.random() < 0.4]
         if self.random() < 0.92:
             return " ".join(words)

@@ -52,7 +52,8 @@ def edges(pixels):
     """Where a pixel differs from the mean around it, and one pixel around there: [B, 3, T, H, W] to booleans
     [B, 1, T, H, W]."""
     around = {"kernel_size": (1, 3, 3), "stride": 1, "padding": (0, 1, 1)}
-    difference = (pixels - F.avg_pool3d(pixels, **around)).abs().amax(1, keepdim=True)
+    mean = F.avg_pool3d(pixels, **around, count_include_pad=False)
+    difference = (pixels - mean).abs().amax(1, keepdim=True)
     return F.max_pool3d(difference, **around) > 0.05
 
 
@@ -67,7 +68,7 @@ class Autoencoding(Objective):
         output = vae.decode((mean + noise * (log_variance / 2).exp()) * vae.config.scaling_factor)
         surplus = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
         weight = 1.0 + EDGE * edges(batch.target)
-        error = (output.float() - batch.target).square() * weight / weight.mean()
+        error = (output.float() - batch.target).square() * weight / weight.mean((1, 2, 3, 4), keepdim=True)
         return error.flatten(1).mean(1) + KL * surplus.flatten(1).mean(1)
 
     def picture(self, batch):
@@ -207,6 +208,8 @@ def prepare(args, part, weights, out):
         quieten(vino)
     stage = make_stage(part, vino.config, vars(args), PARTS)
     args.stage = f"0-{part}"
+    if device.type == "cpu" and args.batch is None:
+        stage.batch = min(stage.batch, 8)  # a step within seconds
     encoders = vino if device.type == "cuda" else None
     source = ToyWorld(stage, vino.config, f"{args.seed} {args.stage}", encoders)
     run = Run(args, out, stage, source, OBJECTIVES[part](vino, stage.shift), weights, device, dtype)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from toy.language import Speaker
+from toy.language import Speaker, Words
 from train import Batch, Source, Task, chance
 from vino import Reference, patchify, resize, spread_frames, vlm_size
 
@@ -123,7 +123,7 @@ def join(parts, mark):
     """A list in words, with a mark before the last part."""
     between = ". " if mark == "." else ", "
     text = between.join(parts[:-1]) + f" {mark} {parts[-1]}" if parts[1:] else parts[0]
-    return text.replace(" .", ".").replace(" ,", ",")
+    return Words(text.replace(" .", ".").replace(" ,", ","))
 
 
 def facts(item):
@@ -249,7 +249,7 @@ class SampleMaker(Speaker):
             moving = [item for item in scene.objects if item.motion != "standing still"]
             if moving:
                 break
-        if self.random() < 0.3:
+        if len({item.shape for item in scene.objects}) == len(scene.objects) and self.random() < 0.4:
             text, _ = self.list_objects(scene.objects, True, self.choice(STYLES))
             text, _ = self.say("animated", list=text)
         else:
@@ -339,6 +339,9 @@ class SampleMaker(Speaker):
         fitting = all(GROWTH.get(item.motion, item.size) == item.size for item in target.objects)
         if not (different and fitting and self.is_fine(target.objects)):
             return None
+        seen = {item.shape for item in objects}
+        if kind == "add" and not by_donor and "color" not in stated and new.shape in seen:
+            return None  # the text could mean the one that is there
         if not both and len({item[:2] for item in target.objects}) < len(target.objects):
             return None
         images, video = shown if by_donor else [], scene
