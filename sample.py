@@ -349,7 +349,7 @@ def check_writable(path, args, seed):
     path.parent.mkdir(exist_ok=True)
     partial = Path(f"{path}.{os.getpid()}.partial")
     partial.touch()
-    partial.unlink(missing_ok=True)  # another process may have been faster
+    partial.unlink()
 
 
 def made_by(path):

@@ -1026,6 +1026,14 @@ def test_a_resumed_run_names_another_step_size_and_a_finished_one_is_not_overwri
     assert {path: path.read_bytes() for path in out.iterdir()} == content
 
 
+def test_too_little_gpu_memory_ends_a_run_with_one_line_of_advice(small_config, tmp_path, capsys):
+    work = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))
+    with pytest.raises(SystemExit, match="2"):
+        train.main(flags(small_config, tmp_path), work=work)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "Tried to allocate" in line and "--shard fsdp" in line
+
+
 def test_frames_have_the_stages_area_at_their_own_aspect_ratio(tmp_path):
     for height, width in ((250, 500), (333, 777), (640, 641), (640, 300)):
         Image.new("RGB", (width, height)).save(tmp_path / "a.png")
@@ -1033,7 +1041,7 @@ def test_frames_have_the_stages_area_at_their_own_aspect_ratio(tmp_path):
         exact = 640 * math.sqrt(height / width), 640 * math.sqrt(width / height)
         assert h % 16 == w % 16 == 0 and abs(h - exact[0]) <= 16 and abs(w - exact[1]) <= 16
         unframed = train.read_target(tmp_path / "a.png", 1, 640**2, framed=False)
-        assert unframed.max() == -1, "a black picture has no white bars where it is no reference's"
+        assert unframed.max() == -1, "only what lies on a reference image has white bars"
     film(tmp_path / "clip.mkv", np.zeros((15, 96, 128, 3), np.uint8))
     assert train.read_target(tmp_path / "clip.mkv", 85, 64**2, framed=False).shape == (1, 3, 13, 48, 64)
     assert train.read_target(tmp_path / "clip.mkv", 9, 64**2, framed=True).shape == (1, 3, 9, 48, 64)

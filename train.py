@@ -215,8 +215,8 @@ def chance(*key):
 
 def drop_conditions(batch, stage):
     """Choose long or short prompts, and drop conditions for classifier-free guidance, each on its own
-    (appendix B). Text is chosen for each sample, the images and the video for each process's
-    batch. With many images these share the step's choice, so all processes do equal work."""
+    (appendix B). Text is chosen for each sample, the images and the video for each process's batch. With many
+    images these share the step's choice, so all processes do equal work."""
     images = sum(not reference.is_video for reference in batch.references)
     seed, step, _ = batch.key
     choice = chance(*((seed, step) if images > stage.sync_drop_images else batch.key), "references")
@@ -361,8 +361,11 @@ def read_target(path, frames, area, framed):
     treated like a reference image if it has to lie on one (`framed`), else like a reference video."""
     if frames == 1:
         image = read_image(path)
-        h, w = scaled_size(path, *image.size, area)
-        image = letterbox(image, area) if framed else image.resize((w, h), Image.LANCZOS)
+        if framed:
+            image = letterbox(image, area)
+        else:
+            h, w = scaled_size(path, *image.size, area)
+            image = image.resize((w, h), Image.LANCZOS)
         return normalize(to_frames(crop16(np.asarray(image)[None])))
     clip = list(islice(read_frames(path, None if framed else area), frames))
     if len(clip) < 5:
@@ -435,15 +438,15 @@ class Objective(nn.Module):
 
 KERNELS = [  # of attention
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
-    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    for kind in ("flash_attention", "efficient_attention", "flash_attention_for_cpu")
 ]
 EMA_EVERY = 10  # steps between updates of averages in the host's memory
 SHORT = 4096  # tokens: what the full size computes for so few takes 36 GiB; what is kept of 35,600 takes 24
 
 
 def checkpointed(block, *inputs):
-    """A block's forward that keeps its inputs and its attention's output, and recomputes the rest for
-    the backward. Attention is most of a long sequence's work, and its result little of the memory. Of `SHORT`
+    """A block's forward that keeps its inputs and its attention's output, and recomputes the rest for the
+    backward. Attention is most of a long sequence's work, and its result little of the memory. Of `SHORT`
     sequences all is kept."""
     forward = partial(type(block).forward, block)
     if inputs[0].shape[:2].numel() < SHORT:
@@ -453,16 +456,16 @@ def checkpointed(block, *inputs):
 
 
 def distribute(objective, how, dtype):
-    """The module to call in training. Trainable weights are float32, frozen ones have the type that it
-    computes in. how: "ddp"; "zero2", the paper's, where weights stay whole from forward
-    to backward, and gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered
-    anew for the backward."""
+    """The module to call in training. Trainable weights are float32, frozen ones are of the type that it
+    computes in. how: "ddp"; "zero2", the paper's, where weights stay whole from forward to backward, and
+    gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered anew for the
+    backward."""
     sharded = how != "ddp" and dist.is_initialized()
     mesh = init_device_mesh(next(objective.parameters()).device.type, (WORLD,)) if sharded else None
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": how == "fsdp"}
-    frozen = [*objective.vino.mm_encoder.mm_encoder.parameters(), *objective.vino.vae.parameters()]
-    unsharded = {parameter for parameter in frozen if not parameter.requires_grad}
+    encoders = [*objective.vino.mm_encoder.mm_encoder.parameters(), *objective.vino.vae.parameters()]
+    unsharded = {parameter for parameter in encoders if not parameter.requires_grad}
     unsharded |= {parameter for parameter in objective.parameters() if parameter.numel() == 0}
     for module in (*objective.vino.transformer.blocks(), objective):
         for parameter in module.parameters():
@@ -636,7 +639,7 @@ def train(run):
             bar.update()
 
             last = run.step == stage.steps
-            if args.validate_every and not signals and (last or run.step % args.validate_every == 0):
+            if args.validate_every and (last or run.step % args.validate_every == 0):
                 validate(run)  # before the checkpoint, so that a resumed run lacks none
             if last or signals or run.failed == 10 or run.step % args.save_every == 0:
                 save(run)

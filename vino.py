@@ -280,8 +280,8 @@ class MultiModalEncoder(nn.Module):
         positions = positions.to(embeds.device)
         mask = None if mask is None else mask.to(embeds.device, torch.long)
         with sdpa_kernel(ANY_LENGTH):  # prompts differ in length
-            # input_ids is None; positional, for transformers 4 and 5 name the cache differently. Without a
-            # cache they would take jumps in the positions for the borders of packed sequences.
+            # No input_ids. By position, as transformers 4 and 5 name the cache differently; without a cache
+            # they take jumps in the positions for the borders of packed sequences.
             visual = {"visual_pos_masks": visual_mask, "deepstack_visual_embeds": deepstack}
             language_model = self.mm_encoder.model.language_model
             output = language_model(None, mask, positions, cache, embeds, output_hidden_states=True, **visual)
@@ -982,7 +982,7 @@ class Vino(nn.Module):
         """The guidance branches of non-zero weight (appendix B): {name: (weight, Condition)}.
 
         "text_dropped" has negative prompts and all references. "image_dropped" has negative prompts, the
-        video and, with `base`, the last image, which is edited; if none is dropped, no image guidance.
+        video and, with `base`, the last image, which is edited. With no image to drop, images do not guide.
         """
         images = [reference for reference in references if not reference.is_video]
         dropped = images[:-1] if base else images
