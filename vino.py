@@ -654,6 +654,7 @@ def compiled(forward):
     # Each kind of block needs a graph for short and long sequences, with and without mask, with and without
     # gradient; torch gives up after eight.
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block in two
     return torch.compile(forward, dynamic=True, options={"triton.mix_order_reduction": False})
 
 
