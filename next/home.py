@@ -1,14 +1,28 @@
-"""home.py FOLDER: what the stages have trained so far, into $OUT."""
-import glob, os, sys
+"""home.py FOLDER: what has been trained so far, into $OUT: enough to go on from, on another machine."""
+import glob, json, os, sys, tarfile
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 W, out = sys.argv[1], os.environ["OUT"]
-for n, f in (("base", W + "/pre-mmdit/final.safetensors"), ("stage2", W + "/stage2/final.safetensors"), ("final", W + "/stage3/final.safetensors")):
-    if os.path.exists(f) and not (n != "final" and os.path.exists(W + "/sent-" + n)):
-        with safe_open(f, "pt") as g: meta = g.metadata()
-        t = {k: v for k, v in load_file(f).items() if not k.startswith(("vae.", "mm_encoder.mm_encoder."))}
-        save_file({k: v.bfloat16() for k, v in t.items()}, f"{out}/{n}.safetensors", meta); print(n, len(t), meta["config"][:60])
-        open(W + "/sent-" + n, "w").close()
-for d in sorted(glob.glob(W + "/stage3/checkpoints/step_????????"))[-1:]:
-    t = load_file(d + "/0.safetensors"); t = {k[4:]: v.half() for k, v in t.items() if k.startswith("ema.")}
-    print(d, len(t)); save_file(t, out + "/ema.safetensors")
+def put(name, tensors, meta=None):
+    save_file({k: v.half() if v.dtype.is_floating_point and not k.endswith(("exp_avg", "exp_avg_sq")) else v.bfloat16() for k, v in tensors.items()}, f"{out}/{name}.safetensors", meta)
+    print(name, len(tensors))
+mine = lambda t: {k: v for k, v in t.items() if not k.startswith(("vae.", "mm_encoder.mm_encoder."))}
+done = {n: os.path.exists(f"{W}/{n}/final.safetensors") for n in ("stage0-vlm", "stage0-mmdit", "stage2", "stage3")}
+sent = lambda n: os.path.exists(f"{W}/sent-{n}") or open(f"{W}/sent-{n}", "w").close()
+for n, cut in (("stage0-mmdit", mine), ("stage2", mine), ("stage3", mine), ("stage0-vlm", lambda t: {k: v for k, v in t.items() if k.startswith("mm_encoder.mm_encoder.")})):
+    if done[n] and not sent(n):
+        with safe_open(f"{W}/{n}/final.safetensors", "pt") as f: meta = f.metadata()
+        put(n, cut(load_file(f"{W}/{n}/final.safetensors")), meta)
+for n in ("stage0-vlm", "stage3"):
+    if not done[n]:
+        for d in sorted(glob.glob(f"{W}/{n}/checkpoints/step_????????"))[-1:]:
+            t = load_file(d + "/0.safetensors"); keys = sorted(t)
+            size, parts = 0, [{}]
+            for k in keys:
+                if size > 6_000_000: size, parts = 0, [*parts, {}]
+                parts[-1][k] = t[k]; size += t[k].numel()
+            if len(parts) <= 4:
+                for i, p in enumerate(parts): put(f"{n}-{d[-8:]}-{i}", p)
+                open(f"{out}/{n}.json", "w").write(open(d + "/state.json").read())
+with tarfile.open(out + "/logs.tar.gz", "w:gz") as tar:
+    for f in glob.glob(W + "/*/metrics.jsonl") + glob.glob(W + "/*.log") + glob.glob(W + "/*.txt") + glob.glob(W + "/bench-?/*") + glob.glob(W + "/*/spent"): tar.add(f, f[len(W) + 1:])

@@ -1,18 +1,17 @@
-# parts.sh: two VAEs and two VLMs (D as configured, E larger), one GPU each. RESUME= or RESUME=--resume, KILL seconds, SPAN seconds of the whole run
-. .bench/go/common.sh
-SPAN=${SPAN:-720}; KILL=${KILL:-560}; RESUME=${RESUME:-}
-X="--dtype=$DT $RESUME"
-$PY - <<'P'
-import json
-c = json.load(open("/tmp/root/tiny_config.json"))
-c["text"].update(hidden_size=160, intermediate_size=400, num_hidden_layers=8)
-c["vision"].update(depth=5, hidden_size=128, intermediate_size=320, num_heads=4, out_hidden_size=160)
-json.dump(c, open("/tmp/large.json", "w"))
-P
-one 0 vaeD $KILL $SPAN 0.65 pretrain --part=vae --weights=random --out=$W/D --batch=${B0:-12} $X &
-one 1 vaeE $KILL $SPAN 0.65 pretrain --part=vae --weights=random --out=$W/E --batch=${B1:-24} $X &
-one 2 vlmD $KILL $SPAN 0.65 pretrain --part=vlm --weights=random --out=$W/D --batch=${B2:-256} $X &
-one 3 vlmE $KILL $SPAN 0.65 pretrain --part=vlm --weights=random --config=/tmp/large.json --out=$W/E --batch=${B2:-256} $X &
-wait
-for f in vaeD vaeE vlmD vlmE; do tr '\r' '\n' < $W/$f.log | grep "step/s" | tail -1 | cut -c1-200; tidy $f; done
-echo "== parts end at $(now) s"
+# parts.sh: the VLM on GPU 0; on the others first a trial of stage 3 (how fast is a step, and why), then the MMDiT. The VAE is made
+. ${HERE:-/tmp/go}/common.sh
+cd $R; export OUT=$W/home; mkdir -p $OUT; B=${B:-256}; X="--dtype=$DT"; C=${C---compile}; G=${G:-1,2,3}
+SL=${SL:-850}; RES=; [ -d $W/stage0-vlm/checkpoints ] && RES=--resume
+SAVE=500 one 0 vlm $((SL+90)) $SL 0.65 pretrain --part=vlm --weights=$W/base1.safetensors --out=$W/stage0 --batch=${B2:-256} $X $RES &
+P=$!
+if [ ! -d $W/trial ] && [ ! -f $W/stage0-mmdit/final.safetensors ]; then
+run trial1 ${G%%,*} 150 ${TT:-40} 0 train --stage=3 --shard=ddp --weights=$W/base1.safetensors --out=$W/trial1 --batch=$B --encode-once=${E0:-512} $X $C
+TRIAL=1 run trial $G 200 ${TT:-50} 0 train --stage=3 --shard=ddp --weights=$W/base1.safetensors --out=$W/trial --batch=$B --encode-once=${E0:-512} $X $C
+fi
+if [ ! -f $W/stage0-mmdit/final.safetensors ]; then
+TM=$(( SL - $(now) - 15 )); [ $TM -gt 20 ] || TM=20
+SAVE=2000 run mmdit $G $((TM+90)) $TM 0.33 pretrain --part=mmdit --weights=$W/base1.safetensors --out=$W/stage0 --batch=$B $X
+fi
+wait $P
+$PY $HERE/assemble.py $R $W/stage0-vlm/final.safetensors $W/stage0-mmdit/final.safetensors $W/base.safetensors > $OUT/assemble.txt 2>&1; echo "== assemble rc $? at $(now) s"; cat $OUT/assemble.txt
+touch $W/parts-done

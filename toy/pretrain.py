@@ -34,7 +34,7 @@ TOY = {
     "beta1": 0.9, "beta2": 0.99, "ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "checkpointing": False
 }  # fmt: skip
 PARTS = {
-    "vae": Stage(lr=1.5e-3, steps=15_000, cooldown=9_700, shift=1.0, batch=12, trainable=["vae."], **TOY,
+    "vae": Stage(lr=1.5e-3, steps=15_200, cooldown=9_900, shift=1.0, batch=16, trainable=["vae."], **TOY,
                  mixture={"t2i": 0.3, "t2v": 0.7}),
     "vlm": Stage(lr=1.5e-3, steps=6_000, cooldown=3_900, shift=1.0, batch=256,
                  trainable=["mm_encoder.mm_encoder."], **TOY,

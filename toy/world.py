@@ -8,7 +8,9 @@ references show it, and is free where they do not.
 import math
 from collections import namedtuple
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain, combinations, groupby
+from zlib import crc32
 
 import torch
 from tqdm import tqdm
@@ -431,12 +433,17 @@ class ToyWorld(Source):
         """Sample `index` of a task, as scenes, or its layout and its number among the encoded ones. How many
         images it has depends only on `position`, where the step begins: all samples of a step have one
         layout."""
+        images = self.images(task, position)
+        if index >= 0 and self.count:
+            return images, crc32(f"{self.seed} {index}".encode()) % self.count  # quick, and looks random
+        return make_sample(f"{self.seed} {task} {index}", task, images)
+
+    @lru_cache(maxsize=32)
+    def images(self, task, position):
+        """How many images all samples of a step have."""
         most = self.images_that_fit(TASKS[task].video)
         fitting = [number for number in TASKS[task].images if number <= most]
-        images = chance(self.seed, task, "images", position).choice(fitting)
-        if index >= 0 and self.count:
-            return images, chance(self.seed, index).randrange(self.count)
-        return make_sample(f"{self.seed} {task} {index}", task, images)
+        return chance(self.seed, task, "images", position).choice(fitting)
 
     def collate(self, task, samples, device):
         """What `draw` gives -> Batch."""
