@@ -5,6 +5,11 @@ SL=${SL:-850}; RES=; [ -d $W/stage0-vlm/checkpoints ] && RES=--resume
 SAVE=500 one 0 vlm $((SL+90)) $SL 0.65 pretrain --part=vlm --weights=$W/base1.safetensors --out=$W/stage0 --batch=${B2:-256} $X $RES &
 P=$!
 if [ ! -d $W/trial ] && [ ! -f $W/stage0-mmdit/final.safetensors ]; then
+# the first house and this one, side by side, on GPUs 1 and 2: 256 samples a step, nothing compiled
+mkdir -p $W/old; ( cd $HERE/../old 2>/dev/null && CUDA_VISIBLE_DEVICES=1 timeout -k 5 75 $PY -W ignore train.py --stage 3 --weights random --config tiny_config.json --batch $B --steps ${OLD:-100} --validate-every 1000000 --save-every 1000000 --out $W/old > $W/old.log 2>&1; echo "== old rc $? at $(now) s" ) &
+O=$!
+one 2 trial0 75 ${TT:-30} 0 train --stage=3 --weights=$W/base1.safetensors --out=$W/trial0 --batch=$B --encode-once=${E0:-512} $X
+wait $O
 run trial1 ${G%%,*} 150 ${TT:-40} 0 train --stage=3 --shard=ddp --weights=$W/base1.safetensors --out=$W/trial1 --batch=$B --encode-once=${E0:-512} $X $C
 TRIAL=1 run trial $G 200 ${TT:-50} 0 train --stage=3 --shard=ddp --weights=$W/base1.safetensors --out=$W/trial --batch=$B --encode-once=${E0:-512} $X $C
 fi
