@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from toy.detect import (
-    UNITS, Seen, detect, fits, is_related, looks, moves_right, obeys, overlap, pairings, shrink,
+    UNITS, Seen, detect, in_place, is_related, looks, moves_right, obeys, overlap, pairings, shrink,
 )  # fmt: skip
 from toy.world import CELLS, MOTIONS, Object, Scene, ToyWorld, make_sample, relations
-from train import TINY, contact_sheet, make_stage
-from vino import InputError, Vino, apply_rope, attend
+from train import TINY, check_known, contact_sheet, make_stage
+from vino import SYSTEM_PROMPT, InputError, Vino, apply_rope, attend
 
 # how: a key of `ways`, see `measure`; mean: the name of a last row, of all others; texts: "long", "short", or
 # "both", half of the samples each
@@ -60,8 +60,7 @@ def is_placed(order, sample):
 
 def score_clip(row, sample, output, target, source):
     """VBench. Consistency, smoothness, flickering and dynamics are of what is seen, whatever the text."""
-    frames = shrink(output.transpose(0, 1))
-    seen = detect(output.transpose(0, 1))
+    frames, seen = shrink(output.transpose(0, 1)), detect(output.transpose(0, 1))
     path, time = tracks(seen), np.linspace(0, 1, len(seen))
     grounds = {s.background for s in seen}
     still = torch.stack([a.ground & b.ground for a, b in zip(seen, seen[1:])])
@@ -72,7 +71,7 @@ def score_clip(row, sample, output, target, source):
         ("motion smoothness", "right"): path is not None and bool(bend(path, time) < 1.5),
         ("temporal flickering", "gray levels"): frames.diff(dim=0).abs().mean(1)[still].mean().item(),
         ("dynamic degree", "right"): any(math.dist(*pair) > 3 for pair in pairs),
-        ("motion class", "right"): moves_right(seen, (sample.told or sample.target).objects),
+        ("motion class", "right"): moves_right(seen, sample.told.objects),
     }
 
 
@@ -108,12 +107,10 @@ def score_cast(row, sample, output, target, source):
     values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     if len(scene.objects) == 2:
         a, b = scene.objects
-        swapped = scene._replace(objects=[Object(*b[:3], *a[3:]), Object(*a[:3], *b[3:])])
-        for name, told in (("right", scene), ("swapped", swapped)):
-            values[row, f"identities {name}"] = all(
-                fits(s._replace(background=scene.background), told, time, sizes=False)
-                for s, time in zip(seen, np.linspace(0, 1, len(seen)))
-            )
+        swapped = [Object(*b[:3], *a[3:]), Object(*a[:3], *b[3:])]
+        for name, objects in (("right", scene.objects), ("swapped", swapped)):
+            moments = zip(seen, np.linspace(0, 1, len(seen)))
+            values[row, f"identities {name}"] = all(in_place(s.things, objects, time) for s, time in moments)
     return values
 
 
@@ -122,7 +119,7 @@ def score_edit(row, sample, output, target, source):
     measured where the text leaves nothing free."""
     last = output.shape[1] - 1
     seen = detect(output[:, sorted({0, last // 2, last})].transpose(0, 1))
-    whole, done = sample.told in (None, sample.target), obeys(seen, sample)
+    whole, done = sample.told == sample.target, obeys(seen, sample)
     changed = ((target - source).abs().amax(0) > 1e-3).float()  # [T, H, W]
     same = F.max_pool2d(changed[:, None], 5, 1, 2)[:, 0] == 0
     rest = psnr(output[:, same], target[:, same]) if whole else math.nan
@@ -361,9 +358,7 @@ def generate(vino, batch, **settings):
     return vino.generate(prompts, images, *videos, size=size, base=base, **settings)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Figure 13: the learnable queries in the finished model
-# ----------------------------------------------------------------------------------------------------------
+# --- Figure 13: the learnable queries in the finished model -------------------------------------------------
 
 
 class AttentionShares:
@@ -390,15 +385,13 @@ class AttentionShares:
 
 
 @torch.no_grad()
-def queries_share(vino, prompt, size, steps=10):
+def queries_share(vino, prompt, steps=10):
     """The learnable queries' share of the attention that the target pays to the text stream, over all blocks
-    and the `steps` of one sample without guidance. size: (frames, height, width)."""
-    shape = (16, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8)
-    tokens = math.prod(shape[1:]) // math.prod(vino.transformer.patch)
-    recorder = AttentionShares(tokens, vino.config.num_queries)
+    and the `steps` of one image of 64 x 64 without guidance."""
+    recorder = AttentionShares(8 * 8 // math.prod(vino.transformer.patch), vino.config.num_queries)
     condition = vino.mm_encoder([prompt], [])
     device = condition.tokens.device
-    latents = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    latents = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
     for time in torch.linspace(1, 1 / steps, steps):
         velocity = vino.transformer(latents, time.expand(1).to(device), condition, recorder)
         latents = latents - velocity / steps
@@ -407,26 +400,24 @@ def queries_share(vino, prompt, size, steps=10):
 
 def compare_queries(vino, world, samples, device, settings):
     """Figure 13 as a Markdown table: images right with and without the queries, and their share of attention,
-    for long and for short prompts, which are not expanded. Takes the queries away from `vino`."""
-    rewrite, vino.config.sampling.rewrite = vino.config.sampling.rewrite, False
-    rows = SUITES["geneval"].rows
-    batches = [
-        (row.name, *pair) for row in rows for pair in draw_batches(row, "both", samples, world, device)
-    ]
+    for long and for short prompts, which are not expanded. It leaves `vino` without queries and rewriting."""
+    vino.config.sampling.rewrite = False
+    batches = []
+    for row in SUITES["geneval"].rows:
+        batches += [(row.name, *pair) for pair in draw_batches(row, "both", samples, world, device)]
     kinds = ("long prompts", "short prompts")
     shares, right = {kind: [] for kind in kinds}, {}
     for _, drawn, _ in batches:
         for number, sample in enumerate(drawn[:4]):
-            shares[kinds[number % 2]].append(queries_share(vino, sample.prompt, (1, 64, 64)))
+            shares[kinds[number % 2]].append(queries_share(vino, sample.prompt))
     for label in ("with", "without"):
         if label == "without":
             vino.remove_queries()
         for row, drawn, batch in tqdm(batches, desc=f"{label} queries", unit="batch"):
             outputs = generate(vino, batch, seed=batch.key[0], **settings).cpu()
             for number, (sample, output) in enumerate(zip(drawn, outputs)):
-                [(_, value), *_] = score_image(row, sample, output, None, None).items()
+                value = score_image(row, sample, output, None, None)[row, "right"]
                 right.setdefault((kinds[number % 2], label), []).append(value)
-    vino.config.sampling.rewrite = rewrite
     lines = ["| queries | samples | right with | right without | share of attention on text |"]
     lines.append("| --- | ---: | ---: | ---: | ---: |")
     for kind in kinds:
@@ -436,18 +427,13 @@ def compare_queries(vino, world, samples, device, settings):
     return "\n".join(lines) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command line
-# ----------------------------------------------------------------------------------------------------------
+# --- The command line ---------------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser("toy.benchmark", "python -m toy.benchmark [SUITE ...] [options]")
-    names = [*SUITES, "queries"]
-    parser.add_argument(
-        "suites", metavar="SUITE", nargs="*", help=f"{', '.join(names)} (default: the tables)"
-    )
-    add = parser.add_argument
+    names, add = [*SUITES, "queries"], parser.add_argument
+    add("suites", metavar="SUITE", nargs="*", help=f"{', '.join(names)} (default: the tables)")
     add("--samples", metavar="N", type=int, default=100, help="of each row (default: 100)")
     add("--weights", default=str(TINY), help="a .safetensors (default: assets/tiny.safetensors)")
     add("--out", default="benchmark", help="folder of benchmark.md and .png (default: benchmark)")
@@ -458,9 +444,7 @@ def parse_arguments(arguments):
     add("--rewrite", action=argparse.BooleanOptionalAction, help="expand prompts (default: the config's)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    unknown = [name for name in args.suites if name not in names]
-    if unknown:
-        parser.error(f"unknown suite '{unknown[0]}'; known: {', '.join(names)}")
+    check_known("suite", args.suites, names)
     return args
 
 
@@ -477,17 +461,14 @@ def benchmark(args):
     def make(batch):
         return generate(model, batch, seed=batch.key[0], **settings).cpu()
 
-    def answer(batch):
-        return model.mm_encoder.answer(batch.prompts, [*map(model.encode, batch.references)])
+    def answer(batch, system=SYSTEM_PROMPT):
+        return model.mm_encoder.answer(batch.prompts, [*map(model.encode, batch.references)], system)
 
     @torch.no_grad()
     def autoencode(batch):
         return model.vae.decode(model.vae.encode(batch.target)).float().cpu()
 
-    def rewrite(batch):
-        references = [*map(model.encode, batch.references)]
-        return model.mm_encoder.answer(batch.prompts, references, model.config.sampling.rewrite_system)
-
+    rewrite = partial(answer, system=model.config.sampling.rewrite_system)
     ways = {"generate": make, "answer": answer, "rewrite": rewrite, "autoencode": autoencode}
     suites = [name for name in args.suites or SUITES if name != "queries"]
     results, sheet = measure(suites, args.samples, world, args.device, ways)
@@ -501,9 +482,8 @@ def benchmark(args):
 
 
 def main(arguments=None):
-    args = parse_arguments(arguments)
     try:
-        benchmark(args)
+        benchmark(parse_arguments(arguments))
     except (InputError, OSError) as error:
         print(f"toy.benchmark: {error}", file=sys.stderr)
         return 2

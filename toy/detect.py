@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from toy.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, trace
+from toy.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, distances, trace
 
 Thing = namedtuple("Thing", "shape color x y r mask")  # what stands in a frame; mask: its pixels [64, 64]
 Seen = namedtuple("Seen", "background things ground")  # ground: [64, 64], True where no thing is near
@@ -90,22 +90,21 @@ def looks(things):
     return sorted((thing.shape, thing.color) for thing in things)
 
 
-def is_there(thing, item, place, sizes=True):
+def is_there(thing, item, place):
     """Is a thing an object of a text, as far as it tells? It lies within 4 pixels of its place (x, y, r)
-    and, if sizes count, within 2.5 of its radius: halfway from small to large."""
+    and within 2.5 of its radius: halfway from small to large."""
     x, y, r = place
     near = item.cell is None or math.hypot(thing.x - x, thing.y - y) < 4
-    large = item.size is None or not sizes or abs(thing.r - r) < 2.5
+    large = item.size is None or abs(thing.r - r) < 2.5
     return near and large and thing.shape == item.shape and item.color in (None, thing.color)
 
 
-def fits(seen, scene, time=0.0, sizes=True):
-    """Does a frame show the objects of that moment of the scene, and nothing else?"""
-    places = [trace(item, time) for item in scene.objects]
-    orders = permutations(seen.things) if len(seen.things) == len(places) else ()
-    return seen.background == scene.background and any(
-        all(is_there(*each, sizes) for each in zip(order, scene.objects, places)) for order in orders
-    )
+def in_place(things, objects, time):
+    """Are the things of a frame the objects, each where it is at that moment, whatever their sizes?"""
+    places = [trace(item, time) for item in objects]
+    sizeless = [item._replace(size=None) for item in objects]
+    orders = permutations(things) if len(things) == len(objects) else ()
+    return any(all(map(is_there, order, sizeless, places)) for order in orders)
 
 
 def pairings(seen, told):
@@ -137,17 +136,14 @@ def moves_right(seen, told):
 
 def is_related(order, relation):
     """Does the relation hold between the first two things?"""
-    if not relation:
-        return True
-    dx, dy = order[1].x - order[0].x, order[1].y - order[0].y
-    return {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation] > 4
+    return not relation or distances(*order[0][2:4], *order[1][2:4])[relation] > 4
 
 
 def obeys(seen, sample):
     """Do frames show all that the text of a sample tells? What it leaves out is free."""
-    told, full = sample.told or sample.target, sample.target.objects
-    grounds = [told.background] if told.background else [*BACKGROUNDS]
-    if {seen[0].background} != {frame.background for frame in seen} or seen[0].background not in grounds:
+    told, full = sample.told, sample.target.objects
+    grounds = {frame.background for frame in seen}
+    if len(grounds) > 1 or "unclear" in grounds or told.background not in (None, *grounds):
         return False
     if any(looks(frame.things) != looks(seen[0].things) for frame in seen):
         return False

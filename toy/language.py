@@ -1,7 +1,7 @@
 """What people type about the toy world: a grammar, the sentences it makes, and the tokenizer that reads them.
 
     name = a | b     a rule: one of these phrases; 3*a | b takes a three times as often
-    [a|b]            a choice inside of a phrase
+    [a|b]            a choice inside of a phrase, with none inside of it
     {name}           another rule, or a fact of the sample, in words
     !                the phrase is kept out of training
 
@@ -11,7 +11,6 @@ Training knows each of their words, with the same meaning, from another phrase.
 
 import random
 import re
-from itertools import chain
 from string import ascii_lowercase
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -19,7 +18,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from vino import SPECIAL_TOKENS, SYSTEM_PROMPT, Config
 
 LITTLE = {*"a an the is are there that with at in on".split()}  # what people may leave out
-REWRITE_SYSTEM = Config().sampling.rewrite_system
 UNKNOWN = "[UNK]"  # what each unknown word is to the tokenizer
 
 RULES = """
@@ -278,7 +276,7 @@ class Choice:
 
     def __init__(self, text):
         self.known, self.held = [], []
-        for option in split(text):
+        for option in re.split(r"\|(?![^\[]*\])", text):  # at bars outside of brackets
             mark, weight, phrase = re.fullmatch(r"(!)?(?:(\d)\*)?(.*)", option).groups()
             phrases = self.held if mark else self.known
             phrases += [parse(phrase)] * int(weight or 1)
@@ -292,36 +290,16 @@ class Name(str):
     """The name of a fact or of a rule."""
 
 
-def split(text):
-    """Cut "a|[b|c]|d" at the bars that stand outside of brackets."""
-    options, depth = [""], 0
-    for letter in text:
-        depth += (letter == "[") - (letter == "]")
-        if letter == "|" and not depth:
-            options.append("")
-        else:
-            options[-1] += letter
-    return options
-
-
 def parse(text):
     """A phrase as a list of words, Names and Choices."""
     parts = []
-    while text:
-        begin = re.search(r"[\[{]|$", text).start()
-        if begin:
-            parts.append(text[:begin])
-        elif text[0] == "{":
-            begin = text.index("}") + 1
-            parts.append(Name(text[1 : begin - 1]))
+    for part in re.findall(r"\[.*?\]|\{.*?\}|[^\[{]+", text):
+        if part[0] == "[":
+            parts.append(Choice(part[1:-1]))
+        elif part[0] == "{":
+            parts.append(Name(part[1:-1]))
         else:
-            depth = 0
-            for begin, letter in enumerate(text, 1):
-                depth += (letter == "[") - (letter == "]")
-                if not depth:
-                    break
-            parts.append(Choice(text[1 : begin - 1]))
-        text = text[begin:]
+            parts.append(part)
     return parts
 
 
@@ -387,22 +365,13 @@ class Speaker(random.Random):
         return " ".join(words)
 
 
-def words_of(phrase):
-    """All words of a parsed phrase, those of its choices included."""
-    for part in phrase:
-        if type(part) is str:
-            yield from re.findall(r"\w+", part.lower())
-        elif type(part) is Choice:
-            yield from chain.from_iterable(map(words_of, part.known + part.held))
-
-
 def toy_tokenizer():
     """One word, one token, whatever its case and the punctuation around it. Only the punctuation of
     figure 4's template and of captions is kept; each unknown word is one UNKNOWN."""
-    texts = [SYSTEM_PROMPT, REWRITE_SYSTEM, " ".join(map(str, range(10)))]
+    texts = [SYSTEM_PROMPT, Config().sampling.rewrite_system, " ".join(map(str, range(10)))]
     texts.append("system user assistant seconds red green blue yellow black white")
+    texts.append(re.sub(r"#.*|.* = |\{.*?\}", " ", RULES))  # without comments and names
     words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
-    words |= {word for phrase in GRAMMAR.values() for word in words_of(phrase)}
     vocabulary = {word: number for number, word in enumerate([UNKNOWN, *"\n.:<>", *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()

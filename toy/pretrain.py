@@ -30,9 +30,7 @@ from vino import (
     SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, build_prompts, read_config,
 )  # fmt: skip
 
-TOY = {
-    "beta1": 0.9, "beta2": 0.99, "ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "checkpointing": False
-}  # fmt: skip
+TOY = dict(beta1=0.9, beta2=0.99, ema=0.0, area=64**2, drop=0.0, warmup=200, checkpointing=False)
 PARTS = {
     "vae": Stage(lr=1.5e-3, steps=15_200, cooldown=9_900, shift=1.0, batch=16, trainable=["vae."], **TOY,
                  mixture={"t2i": 0.3, "t2v": 0.7}),
@@ -90,10 +88,8 @@ class FrameAttention(nn.Module):
         turned = [torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) for x in (q, k)]
         q, k = ((x * cos + y * sin).to(v.dtype) for x, y in zip((q, k), turned))
         frames = len(cu_seqlens) - 1
-        q, k, v = (
-            x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (q, k, v)
-        )  # [frames, heads, n, head]
-        x = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = (x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v)  # [frames, heads, n, head]
         return self.proj(x.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
@@ -101,24 +97,18 @@ class Captioning(Objective):
     """The VLM's: next-token cross-entropy of the answer to what people type. What it foretells it also says
     under the system line that asks for a caption."""
 
+    sometimes_used = "mm_encoder.mm_encoder.model.visual"
+
     def __init__(self, vino, shift):
         super().__init__(vino, shift)
         for block in vino.mm_encoder.mm_encoder.model.visual.blocks:
             block.attn = FrameAttention(block.attn)
 
-    def system(self, task, key):
-        rewrites = task not in ("look", "watch") and chance(*key, "system").random() < 0.5
-        return self.vino.config.sampling.rewrite_system if rewrites else SYSTEM_PROMPT
-
-    sometimes_used = "mm_encoder.mm_encoder.model.visual"
-
     def loss(self, batch):
-        vlm = self.vino.mm_encoder
-        references = []
-        for reference in batch.references:
-            features = vlm.encode_vision(reference)
-            references.append(EncodedReference(None, features, reference.grid, reference.is_video))
-        system = self.system(batch.task, batch.key)
+        vlm, seen = self.vino.mm_encoder, batch.references
+        references = [EncodedReference(None, vlm.encode_vision(r), r.grid, r.is_video) for r in seen]
+        rewrites = batch.task not in ("look", "watch") and chance(*batch.key, "system").random() < 0.5
+        system = self.vino.config.sampling.rewrite_system if rewrites else SYSTEM_PROMPT
         prompts = build_prompts(vlm.tokenizer, batch.short_prompts, references, vlm.merge, system)
         end = vlm.tokenizer.token_to_id("<|im_end|>")
         answers = [[*encoding.ids, end] for encoding in vlm.tokenizer.encode_batch(batch.answers)]
@@ -144,11 +134,11 @@ class Captioning(Objective):
 class NativeText(nn.Module):
     """The tiny text-to-video model's own text encoder: word and position embeddings."""
 
-    def __init__(self, config, tokenizer, length=256):
+    def __init__(self, config, tokenizer):
         super().__init__()
         self.tokenizer, self.start = tokenizer, tokenizer.token_to_id("<|im_start|>")
         self.words = nn.Embedding(config.text.vocab_size, config.mmdit.text_embed_dim)
-        self.places = nn.Embedding(length, config.mmdit.text_embed_dim)
+        self.places = nn.Embedding(256, config.mmdit.text_embed_dim)
 
     def forward(self, prompts):
         """B texts -> Condition."""

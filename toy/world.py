@@ -68,9 +68,7 @@ Object = namedtuple("Object", "shape color size cell motion jitter")  # size, ce
 Scene = namedtuple("Scene", "background objects")  # of a clip, or of an image, which shows its first frame
 # kind: of edit or request; images, video, target: Scenes; told: what short_prompt states of the target, with
 # None for what it leaves free; relation: of the first object to the second one, if it states that
-Sample = namedtuple(
-    "Sample", "kind prompt short_prompt images video target told relation", defaults=[None, ""]
-)
+Sample = namedtuple("Sample", "kind prompt short_prompt images video target told relation", defaults=[""])
 
 
 def trace(item, time):
@@ -106,11 +104,15 @@ def is_clear(objects):
     return True
 
 
+def distances(x, y, u, v):
+    """How far (x, y) lies in each direction from (u, v)."""
+    return {"left of": u - x, "right of": x - u, "above": v - y, "below": y - v}
+
+
 def relations(first, second):
     """Where the first object is, seen from the second."""
-    (x, y, _), (u, v, _) = trace(first, 0), trace(second, 0)
-    true = {"left of": u - x, "right of": x - u, "above": v - y, "below": y - v}
-    return [words for words, distance in true.items() if distance > 8]
+    apart = distances(*trace(first, 0)[:2], *trace(second, 0)[:2])
+    return [words for words, distance in apart.items() if distance > 8]
 
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -140,16 +142,10 @@ def facts(item):
 
 def told_of(item, stated):
     """The object with None for what a phrase has not stated."""
-    told = item._replace(jitter=None)
-    if "color" not in stated:
-        told = told._replace(color=None)
-    if "size" not in stated:
-        told = told._replace(size=None)
-    if not stated & {"cell", "the cell"}:
-        told = told._replace(cell=None)
-    if not stated & {"motion", "does", "do"}:
-        told = told._replace(motion=None)
-    return told
+    ways = {"size": {"size"}, "color": {"color"},
+            "cell": {"cell", "the cell"}, "motion": {"motion", "does", "do"}}  # fmt: skip
+    free = {field: None for field, names in ways.items() if not stated & names}
+    return item._replace(jitter=None, **free)
 
 
 class SampleMaker(Speaker):
@@ -196,8 +192,7 @@ class SampleMaker(Speaker):
         if kind == "counting" and count == 3 and self.random() < 0.3:
             kind, scene = "mixed", self.scene(count, clip, alike=2)
             if self.random() < 0.5:
-                scene.objects.append(scene.objects.pop(0))
-                scene.objects.append(scene.objects.pop(0))
+                scene = scene._replace(objects=scene.objects[2:] + scene.objects[:2])
         text, told, relation = self.phrase(scene, clip, kind)
         long = describe(scene, clip, ordered=True)
         if self.random() < 0.05 and not self.all_phrases:
@@ -246,11 +241,10 @@ class SampleMaker(Speaker):
 
     def animate(self, images, clip):
         """Image 1 is the first frame -> video. What the text does not name stands still."""
-        while True:
+        moving = []
+        while not moving:
             scene = self.scene(self.randint(1, 2), clip=True)
             moving = [item for item in scene.objects if item.motion != "standing still"]
-            if moving:
-                break
         if len({item.shape for item in scene.objects}) == len(scene.objects) and self.random() < 0.4:
             text, _ = self.list_objects(scene.objects, True, self.choice(STYLES))
             text, _ = self.say("animated", list=text)
@@ -316,25 +310,19 @@ class SampleMaker(Speaker):
         text, stated = self.say(f"{kind} as" if by_donor and kind != "compose" else kind, **words)
         if kind != "compose":
             text, _ = self.say("edit", text=text, inside=inside)
-        if kind == "recolor":
-            target = Scene(here, others + [item._replace(color=new.color) for item in changed])
-        elif kind == "replace":
-            color = new.color if by_donor or "color" in stated else it.color
-            size = new.size if "size" in stated and not by_donor else it.size
-            target = Scene(here, [*others, it._replace(shape=new.shape, color=color, size=size)])
-        elif kind == "add":
-            target = Scene(here, [*objects, placed(new, cell)])
-        elif kind == "remove":
-            target = Scene(here, others)
-        elif kind == "background":
-            target = Scene(ground, objects)
-        elif kind == "move":
-            target = Scene(here, [*others, placed(it, cell)])
-        elif kind == "resize":
-            target = Scene(here, others + [item._replace(size=new.size) for item in changed])
-        else:  # compose
-            target = Scene(here, [new])
-        told = target
+        color = new.color if by_donor or "color" in stated else it.color
+        size = new.size if "size" in stated and not by_donor else it.size
+        left = {
+            "recolor": others + [item._replace(color=new.color) for item in changed],
+            "replace": [*others, it._replace(shape=new.shape, color=color, size=size)],
+            "add": [*objects, placed(new, cell)],
+            "remove": others,
+            "background": objects,
+            "move": [*others, placed(it, cell)],
+            "resize": others + [item._replace(size=new.size) for item in changed],
+            "compose": [new],
+        }
+        told = target = Scene(ground if kind == "background" else here, left[kind])
         if kind == "add" and not by_donor:
             told = Scene(here, [*objects, told_of(target.objects[-1], stated | {"motion"})])
         different = describe(target, clip) != describe(scene, clip)
@@ -455,21 +443,17 @@ class ToyWorld(Source):
         kept, numbers = self.encoded[layout], [number for _, number in samples]
         rows = torch.tensor(numbers, device=device)
         prompts, short_prompts = ([texts[n] for n in numbers] for texts in (kept.prompts, kept.short_prompts))
-        references = [
-            replace(
-                reference, latents=reference.latents[rows], features=[x[rows] for x in reference.features]
-            )
-            for reference in kept.references
-        ]
+        references = []
+        for whole in kept.references:
+            features = [x[rows] for x in whole.features]
+            references.append(replace(whole, latents=whole.latents[rows], features=features))
         return Batch(task, prompts, short_prompts, references, None, latents=kept.latents[rows])
 
     @torch.no_grad()
     def encode(self, task, images, device):
         """One Batch of a layout's encoded samples."""
         prompts, short_prompts, latents, references = [], [], [], []
-        size = min(
-            self.stage.batch, self.count
-        )  # the same for all: each new one would cost cuDNN some planning
+        size = min(self.stage.batch, self.count)  # of each batch: a new size would cost cuDNN some planning
         firsts = range(0, self.count, size)
         for first in tqdm(firsts, f"encoding {task}", leave=False, disable=train.RANK > 0):
             seeds = [f"{self.seed} {task} {train.RANK} {first + k}" for k in range(size)]
