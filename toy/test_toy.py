@@ -1,4 +1,4 @@
-"""Claims about the toy world, stage 0 and the miniature benchmarks; a test's name is the claim."""
+"""Claims about the toy world, stage 0 and the small benchmarks; each test's name is a claim."""
 
 import collections
 import functools
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # pytest runs from anywhe
 import train
 import vino
 from toy import benchmark, figures, language, pretrain, world
-from vino import Config, InputError, Vino
+from vino import Config, Vino
 
 HERE = Path(__file__).parent.parent
 
@@ -42,7 +42,7 @@ def scene_of(*objects, ground="gray"):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_samples_depend_on_their_number_only_and_a_steps_samples_have_one_layout(toy):
+def test_samples_depend_only_on_their_number_and_all_samples_of_a_step_have_one_layout(toy):
     again = world.ToyWorld(toy.stage, toy.config, 0)
     for name, task in world.TASKS.items():
         samples = [toy.draw(name, 40, index) for index in range(40, 56)]
@@ -57,7 +57,7 @@ def test_samples_depend_on_their_number_only_and_a_steps_samples_have_one_layout
 
 @functools.cache
 def drawn(phrasing):
-    """(task, Sample) of all tasks."""
+    """Pairs (task, Sample): 500 of each layout of each task."""
     layouts = [(name, images) for name, task in world.TASKS.items() for images in task.images]
     return [
         (name, world.make_sample(f"tests {number}", name, images, phrasing))
@@ -66,7 +66,7 @@ def drawn(phrasing):
     ]
 
 
-def test_objects_keep_apart_and_a_margin_to_the_frames_edge_in_every_frame():
+def test_objects_keep_clear_of_each_other_and_of_the_frames_edge_in_every_frame():
     for name, sample in [*drawn("known"), *drawn("unknown")]:
         for scene in filter(None, [*sample.images, sample.video, sample.target]):
             moves = scene is sample.video or scene is sample.target and world.TASKS[name].clip
@@ -75,7 +75,7 @@ def test_objects_keep_apart_and_a_margin_to_the_frames_edge_in_every_frame():
                 for x, y, r in places:
                     assert min(x, y, 64 - x, 64 - y) >= r + 1.5 - 1e-6, (name, sample)
                 for (x, y, r), (u, v, q) in itertools.combinations(places, 2):
-                    # Boxes apart, or circles around them that hold even a square's corners.
+                    # Bounding boxes are apart, or circles large enough to hold a square's corners.
                     gap = max(abs(x - u), abs(y - v), math.dist((x, y), (u, v)) / 1.28)
                     assert gap >= r + q, (name, sample)
 
@@ -87,10 +87,10 @@ def test_scenes_are_drawn_in_their_flat_colours(toy):
         pixels = (toy.collate(name, samples, "cpu").target + 1) * 127.5
         pixels = pixels.permute(0, 2, 3, 4, 1).reshape(-1, 3)
         flat = (torch.cdist(pixels, allowed.float()).min(1).values < 0.6).float().mean()
-        assert flat > 0.9, name  # what is left are edges
+        assert flat > 0.9, name  # the rest is edges
 
 
-def test_motions_are_clear_and_begin_wherever_there_is_room():
+def test_motions_are_large_and_begin_wherever_there_is_room():
     starts = collections.defaultdict(set)
     for name, sample in drawn("known"):
         if name == "motion":
@@ -132,7 +132,7 @@ MOTIONS = {
 
 
 def read(text, clip):
-    """What a text says, by an independent reader: {kind of fact: set of words}."""
+    """What a text says, read without the grammar: {kind of fact: set of words}."""
     words = [word for word in re.findall(r"\w+", text.lower()) if word in WORDS]
     text = " ".join(MEANING.get(word, word) for word in words)
     found = collections.defaultdict(set)
@@ -161,7 +161,7 @@ def read(text, clip):
 
 
 def facts_of(scene, relation=""):
-    """The same of a Scene."""
+    """What a Scene says, in the same form."""
     facts = {"background": {scene.background} - {None}, "relation": {relation} - {""}}
     for kind in ("shape", "color", "size", "cell", "motion"):
         facts[kind] = {getattr(item, kind) for item in scene.objects} - {None}
@@ -169,7 +169,7 @@ def facts_of(scene, relation=""):
 
 
 @pytest.mark.parametrize("phrasing", ["known", "unknown"])
-def test_a_request_says_what_is_told_and_nothing_else_and_all_of_it_is_true(phrasing):
+def test_a_request_states_what_is_told_and_nothing_else_and_all_of_it_is_true(phrasing):
     for name, sample in drawn(phrasing):
         if name not in ("t2i", "t2v"):
             continue
@@ -192,7 +192,7 @@ def test_a_request_says_what_is_told_and_nothing_else_and_all_of_it_is_true(phra
 
 
 @pytest.mark.parametrize("phrasing", ["known", "unknown"])
-def test_an_edit_names_what_changes_and_only_what_is_there(phrasing):
+def test_an_edit_names_what_changes_and_nothing_that_is_neither_in_source_nor_target(phrasing):
     for name, sample in drawn(phrasing):
         if name not in ("ti2i", "tv2v"):
             continue
@@ -209,7 +209,7 @@ def test_an_edit_names_what_changes_and_only_what_is_there(phrasing):
         )
 
 
-def test_captions_say_everything_in_the_order_of_the_text_or_else_in_reading_order():
+def test_captions_state_every_fact_in_the_order_of_the_text_or_with_references_in_reading_order():
     for name, sample in drawn("known"):
         clip = world.TASKS[name].clip
         seen = bool(sample.images or sample.video)
@@ -253,7 +253,7 @@ RED, BLUE = (
     ("square", "blue", "small", "right", "growing"),
 )
 GREEN = ("cross", "green", "small", "top right", "growing")
-EXAMPLES = [  # what people typed; "!": of the held-out phrases
+EXAMPLES = [  # what people typed; "!" marks what only a held-out phrase makes
     ("A small blue square on a white background.", [BLUE], {}),
     ("!RED CIRCLE", [RED], {}),
     ("!a picture of a red circle", [RED], {}),
@@ -269,7 +269,7 @@ EXAMPLES = [  # what people typed; "!": of the held-out phrases
 
 
 @pytest.mark.parametrize("text, objects, how", EXAMPLES, ids=[example[0] for example in EXAMPLES])
-def test_the_grammar_makes_what_people_type(text, objects, how):
+def test_the_grammar_can_make_what_people_type(text, objects, how):
     maker, scene = world.SampleMaker(0, "unknown"), scene_of(*objects, ground="white")
     for _ in range(60_000):
         maker.held_out = False
@@ -284,7 +284,7 @@ def test_the_grammar_makes_what_people_type(text, objects, how):
     raise AssertionError(text)
 
 
-def test_a_word_is_one_token_whatever_its_case_and_punctuation_and_an_unknown_one_is_one_too():
+def test_a_word_known_or_not_is_one_token_whatever_its_case_and_the_punctuation_around_it():
     tokenizer = language.toy_tokenizer()
     assert tokenizer.get_vocab_size() < 512
     ids = tokenizer.encode("a red circle at the left").ids
@@ -315,7 +315,7 @@ def test_a_word_is_one_token_whatever_its_case_and_punctuation_and_an_unknown_on
 # Stage 0
 # ----------------------------------------------------------------------------------------------------------
 
-SMALL = {  # tiny_config.json, smaller
+SMALL = {  # changes that make tiny_config.json smaller
     "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 16, "mrope_section": [3, 3, 2]},
     "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
@@ -355,7 +355,7 @@ def test_each_part_trains_its_own_module_and_the_text_encoder_is_thrown_away(par
 
 
 @torch.no_grad()
-def test_latents_are_as_wide_as_the_noise(parts, toy):
+def test_latents_have_about_the_standard_deviation_of_the_noise(parts, toy):
     model, latents = Vino.load(parts["vae"]), []
     for task in ("t2i", "t2v"):
         batch = toy.collate(task, [toy.draw(task, 0, index) for index in range(16)], "cpu")
@@ -364,12 +364,12 @@ def test_latents_are_as_wide_as_the_noise(parts, toy):
 
 
 @torch.no_grad()
-def test_the_vision_tower_sees_the_same_with_attention_in_all_frames_at_once(parts, toy):
+def test_the_vision_towers_features_are_the_same_with_attention_batched_over_frames(parts, toy):
     encoder = Vino.load(parts["vlm"]).mm_encoder
     reference = toy.collate("watch", [toy.draw("watch", 0, index) for index in range(3)], "cpu").references[0]
     expected, names = encoder.encode_vision(reference), [*encoder.state_dict()]
     for block in encoder.mm_encoder.model.visual.blocks:
-        block.attn = pretrain.FrameAttention(block.attn)
+        block.attn = pretrain.BatchedFrameAttention(block.attn)
     features = encoder.encode_vision(reference)
     assert [*encoder.state_dict()] == names
     for ours, theirs in zip(features, expected, strict=True):
@@ -377,7 +377,7 @@ def test_the_vision_tower_sees_the_same_with_attention_in_all_frames_at_once(par
 
 
 @torch.no_grad()
-def test_kept_encodings_give_the_loss_of_new_ones(parts, toy):
+def test_kept_encodings_give_the_same_loss_as_new_ones(parts, toy):
     model = Vino.load(parts["mmdit"])
     stage = replace(toy.stage, encode_once=8)
     keeping, objective = world.ToyWorld(stage, toy.config, toy.seed, model), train.Objective(model, 3.0)
@@ -422,7 +422,7 @@ def blurred(pixels):
     return 0.7 * pixels + 0.075 * spread + 0.07 * torch.randn(pixels.shape, generator=torch.manual_seed(0))
 
 
-def test_the_benchmarks_see_each_scene_of_the_toy_world_through_blur_and_noise(toy):
+def test_the_benchmarks_recognize_scenes_through_blur_and_noise(toy):
     right = []
     for task, count, times in (("t2i", 150, [0]), ("t2v", 20, [0, 0.5, 1])):
         samples = [toy.draw(task, 0, index) for index in range(count)]
@@ -439,7 +439,7 @@ TWO = ("circle", "cyan", "large", "right", "standing still")
 TOLD = scene_of(ONE, TWO)
 
 
-def test_a_frame_fits_a_scene_only_if_every_object_and_the_ground_do():
+def test_a_frame_fits_a_scene_only_if_every_object_and_the_background_do():
     others = [scene_of(ONE), scene_of(ONE, TWO, ground="white")]
     others.append(scene_of(ONE, TWO, ("square", "blue", "small", "top", "standing still")))
     changes = {0: "square", 1: "green", 2: "small", 3: "top right"}
@@ -448,7 +448,7 @@ def test_a_frame_fits_a_scene_only_if_every_object_and_the_ground_do():
     assert [benchmark.fits(frame, TOLD) for frame in seen] == [True] + [False] * len(others)
 
 
-def test_clips_are_scored_by_what_moves_how_and_who_is_where():
+def test_clips_are_scored_by_what_is_where_and_how_it_moves():
     swapped, still = scene_of((*TWO[:2], *ONE[2:]), (*ONE[:2], *TWO[2:])), scene_of((*ONE[:4], TWO[4]), TWO)
     sample = world.Sample("", "", "", [], TOLD, TOLD)
     clips = [*world.render([TOLD, swapped, still, scene_of(ONE)], 9, 64, "cpu")]
@@ -471,7 +471,7 @@ def test_clips_are_scored_by_what_moves_how_and_who_is_where():
     ]  # fmt: skip
     assert [round(row["temporal flickering", "gray levels"]) for row in rows] == [0] * 5 + [20]
     white = world.render([TOLD._replace(background="white")], 9, 64, "cpu")[0]
-    pieces = [white, torch.cat([clips[0][:, :4], white[:, 4:]], 1)]  # which one it is, the row does not ask
+    pieces = [white, torch.cat([clips[0][:, :4], white[:, 4:]], 1)]  # any background will do, if it stays
     rows = [benchmark.score_clip("clips", sample, clip, None, None) for clip in pieces]
     assert [row["background consistency", "right"] for row in rows] == [True, False]
 
@@ -518,7 +518,7 @@ def test_captions_may_choose_only_what_the_prompt_leaves_free():
     assert benchmark.score_caption("x", everything, answer, clip, None) == {("x", "right"): False}
 
 
-def test_only_what_a_text_states_counts_in_a_phrasing():
+def test_phrasings_are_scored_only_by_what_a_text_states():
     circle, cross = ("circle", "red", "large", "left", "standing still"), ONE
     told = world.Scene(None, [world.Object("cross", "red", None, None, "growing", None)])
     clips = world.render(
@@ -533,7 +533,7 @@ def test_only_what_a_text_states_counts_in_a_phrasing():
     assert [values["clips", "known"] for values in right] == [True, False, False, False, False]
 
 
-def test_the_overlap_of_shapes_falls_when_corners_melt():
+def test_the_overlap_of_shapes_falls_when_corners_are_lost():
     sample = world.Sample("", "", "", [], None, scene_of(("square", "red", "large", "left", "moving right")))
     sharp = world.render([sample.target], 9, 64, "cpu")[0]
     melted = world.render([scene_of(("circle", "red", "large", "left", "moving right"))], 9, 64, "cpu")[0]
@@ -543,13 +543,13 @@ def test_the_overlap_of_shapes_falls_when_corners_melt():
     assert scores[0]["x", "overlap"] > 0.99 > scores[1]["x", "overlap"] > scores[2]["x", "overlap"] < 0.85
 
 
-def test_perfect_outputs_are_all_right_in_every_benchmark(toy):
+def test_perfect_outputs_get_the_best_score_in_every_benchmark(toy):
     ideal = dict.fromkeys(["answer", "rewrite"], lambda batch: batch.answers)
     ideal |= dict.fromkeys(["generate", "autoencode"], lambda batch: batch.target)
     results, _ = benchmark.measure(benchmark.SUITES, 4, toy, "cpu", ideal)
     assert [len(values) for values in results.values()] == [8, 8, 18, 6, 13, 12, 18, 6, 9, 4, 4]
     for (row, column), values in itertools.chain(*[suite.items() for suite in results.values()]):
-        if column == "overlap":  # of outlines around the middle of what is seen
+        if column == "overlap":  # rarely just 1: outlines are centred on the pixels that are seen
             values = [value > 0.95 for value in values]
         best = {"identities swapped": False, "gray levels": 0}
         best |= dict.fromkeys(["rest, dB", "first frame, dB", "PSNR, dB"], 60)
@@ -626,8 +626,10 @@ def test_a_gallery_shows_inputs_target_and_every_models_output(tmp_path, monkeyp
         assert picture.n_frames == 9
 
 
-def test_an_unknown_suite_is_one_line():
+def test_a_benchmark_refuses_an_unknown_suite_and_missing_weights_by_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        benchmark.parse_arguments(["imgedit"])
-    with pytest.raises(InputError):
-        Vino.load("missing.safetensors")
+        benchmark.main(["imgedit"])
+    assert "error: unknown suite 'imgedit'; known: " in capsys.readouterr().err.splitlines()[-1]
+    assert benchmark.main(["--weights", "missing.safetensors", "--out", str(tmp_path)]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("toy.benchmark: ") and "missing.safetensors" in line
