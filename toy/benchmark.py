@@ -1,8 +1,8 @@
-"""Small counterparts of the paper's benchmarks, on held-out samples of the toy world, scored by pixels.
+"""Small counterparts of the paper's benchmarks, on held-out samples of the toy world, scored from pixels.
 
     python -m toy.benchmark                       all suites (tables 2 to 9)
     python -m toy.benchmark geneval openve --samples 20
-    python -m toy.benchmark queries               figure 13: what the learnable queries do in the end
+    python -m toy.benchmark queries               figure 13: learnable queries in the finished model
 
 It writes benchmark.md and benchmark.png.
 """
@@ -22,25 +22,25 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from toy.detect import (
-    UNITS, Seen, detect, in_place, is_related, looks, moves_right, obeys, overlap, pairings, shrink,
+    UNIT_AREAS, Seen, detect, in_place, is_related, looks, moves_as_told, obeys, overlap, pairings, shrink,
 )  # fmt: skip
 from toy.world import CELLS, MOTIONS, Object, Scene, ToyWorld, make_sample, relations
 from train import TINY, check_known, contact_sheet, make_stage
 from vino import SYSTEM_PROMPT, InputError, Vino, apply_rope, attend
 
-# how: a key of `ways`, see `measure`; mean: the name of a last row, of all others; texts: "long", "short", or
-# "both", half of the samples each
+# how: the way to make outputs, a key of `ways` in `measure`; mean: the name of a last row, the mean of the
+# others; texts: "long" or "short" prompts, or "both", for half of the samples each
 Suite = namedtuple("Suite", "score rows how mean texts", defaults=["generate", None, "both"])
-# layouts: (task of the toy world, number of images); kind to moves say which samples: see `belongs`
+# layouts: (task, number of images); kind to moves: which samples, see `belongs`; how: in place of the suite's
 FIELDS = "name layouts kind objects differ moves phrasing how"
 Row = namedtuple("Row", FIELDS, defaults=["", None, (), False, "known", None])
 
 
 def score_image(row, sample, output, target, source):
-    """GenEval. Every score gets a Sample, its output, target and source [3, T, H, W] (the source is what is
-    edited) and gives {(row, column): True, False or a number}."""
+    """GenEval. Every score function takes the row's name, a Sample, and its output, target and source
+    [3, T, H, W] (the source is what is edited), and returns {(row, column): True, False or a number}."""
     told, things = sample.told.objects, detect(output[:, 0][None])[0].things
-    if row in ("single object", "two objects"):  # their colours are another row's
+    if row in ("single object", "two objects"):  # other rows score their colours
         right = sorted(thing.shape for thing in things) == sorted(item.shape for item in told)
     else:
         orders = [first for first, _ in pairings([Seen("", things, None)], told)]
@@ -52,15 +52,16 @@ def score_image(row, sample, output, target, source):
 
 
 def is_placed(order, sample):
-    """Does the relation hold that a text states, and is each object in its cell?"""
+    """Does the relation that the text states hold, and is each object in the cell that it states?"""
     cells = [min(CELLS, key=lambda name: math.dist(CELLS[name], (t.x, t.y))) for t in order]
     placed = all(item.cell in (None, cell) for item, cell in zip(sample.told.objects, cells))
     return placed and is_related(order, sample.relation)
 
 
 def score_clip(row, sample, output, target, source):
-    """VBench. Consistency, smoothness, flickering and dynamics are of what is seen, whatever the text."""
-    frames, seen = shrink(output.transpose(0, 1)), detect(output.transpose(0, 1))
+    """VBench. Only the motion class depends on the text; all other rows score the clip by itself."""
+    frames = shrink(output.transpose(0, 1))
+    seen = detect(output.transpose(0, 1))
     path, time = tracks(seen), np.linspace(0, 1, len(seen))
     grounds = {s.background for s in seen}
     still = torch.stack([a.ground & b.ground for a, b in zip(seen, seen[1:])])
@@ -71,25 +72,25 @@ def score_clip(row, sample, output, target, source):
         ("motion smoothness", "right"): path is not None and bool(bend(path, time) < 1.5),
         ("temporal flickering", "gray levels"): frames.diff(dim=0).abs().mean(1)[still].mean().item(),
         ("dynamic degree", "right"): any(math.dist(*pair) > 3 for pair in pairs),
-        ("motion class", "right"): moves_right(seen, sample.told.objects),
+        ("motion class", "right"): moves_as_told(seen, sample.told.objects),
     }
 
 
 def tracks(seen):
-    """[T, 3 * things]: x, y and r in each frame. None if the frames do not show the same things."""
+    """x, y and r of each thing in each frame, [T, 3 * things]. None if the frames show different things."""
     if not seen[0].things or any(looks(s.things) != looks(seen[0].things) for s in seen):
         return None
     return np.array([[length for thing in s.things for length in thing[2:5]] for s in seen])
 
 
 def bend(path, time):
-    """How far, at the most, tracks leave the straight line that is nearest to them, in pixels."""
+    """How far tracks deviate, at most, from the straight lines that fit them best, in pixels."""
     slope, start = np.polyfit(time, path, 1)
     return abs(path - np.outer(time, slope) - start).max()
 
 
 def psnr(output, target):
-    """Of pixels in [-1, 1], in dB; 60 at most, and NaN of none."""
+    """The PSNR of pixels in [-1, 1], in dB: at most 60, and NaN if there are no pixels."""
     error = (output.clamp(-1, 1) - target).square().mean() / 4
     return -10 * error.clamp(1e-6).log10().item()
 
@@ -100,10 +101,10 @@ def keeps(seen, scene):
 
 
 def score_cast(row, sample, output, target, source):
-    """OpenS2V. An identity is shape and colour; with two objects, each has a place of its own."""
+    """OpenS2V. An identity is a shape and its colour; two of them may be right, or in swapped places."""
     seen, scene = detect(output.transpose(0, 1)), sample.target
     values = {(row, "identities kept"): keeps(seen, scene)}
-    values[row, "motion class"] = moves_right(seen, scene.objects)
+    values[row, "motion class"] = moves_as_told(seen, scene.objects)
     values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     if len(scene.objects) == 2:
         a, b = scene.objects
@@ -115,8 +116,8 @@ def score_cast(row, sample, output, target, source):
 
 
 def score_edit(row, sample, output, target, source):
-    """GEdit and OpenVE: is the target's scene there, and does the rest stay unchanged (PSNR)? That is
-    measured where the text leaves nothing free."""
+    """GEdit and OpenVE. Does the output show the target's scene, and does the rest stay unchanged? The PSNR
+    of the rest is measured only if the text leaves nothing free."""
     last = output.shape[1] - 1
     seen = detect(output[:, sorted({0, last // 2, last})].transpose(0, 1))
     whole, done = sample.told == sample.target, obeys(seen, sample)
@@ -130,13 +131,13 @@ def score_edit(row, sample, output, target, source):
 
 
 def score_phrasing(row, sample, output, target, source):
-    """Is everything there that the text states?"""
+    """Does the output show everything that the text states?"""
     what, phrasing = row.split(", ")
     return {(what, phrasing): score_edit(row, sample, output, target, target)[row, "success"]}
 
 
 def score_answer(row, sample, answer, target, source):
-    """Understanding: each fact of the one object that is shown, and of the background."""
+    """Understanding. Is the answer right about each fact of the only object, and about the background?"""
     _, scene = read_caption(answer) or (None, Scene(None, []))
     [item], [found] = sample.target.objects, scene.objects if len(scene.objects) == 1 else [[None] * 5]
     values = {("background", "right"): scene.background == sample.target.background}
@@ -147,7 +148,7 @@ def score_answer(row, sample, answer, target, source):
 
 
 def read_caption(text):
-    """What a caption of `world.describe` says: is it of a video, and of which Scene? None of other texts."""
+    """A caption of `world.describe` -> (is it of a video?, Scene). None for any other text."""
     cells, motions = ("|".join(sorted(names, key=len, reverse=True)) for names in (CELLS, MOTIONS))
     place = rf"(?:is|starts) at the ({cells})(?: and is ({motions}))?"
     sentence = re.compile(rf" a (\w+) (\w+) (\w+) {place}\.")
@@ -162,7 +163,7 @@ def read_caption(text):
 
 
 def score_caption(row, sample, answer, target, source):
-    """Does the VLM's caption keep every fact of the prompt, and describe the intended result?"""
+    """Does the VLM's caption describe the intended result, with every fact that the prompt states?"""
     is_video, scene = read_caption(answer) or (None, None)
     told, (name, _, phrasing) = sample.told, row.partition(", ")
 
@@ -178,7 +179,7 @@ def score_caption(row, sample, answer, target, source):
 
 
 def score_copy(row, sample, output, target, source):
-    """The autoencoder alone: are the pixels near, and do the shapes stay? That bounds the other suites."""
+    """The autoencoder alone, which bounds the other suites: are pixels close, and are identities kept?"""
     kept = keeps(detect(output.transpose(0, 1)), sample.target)
     return {(row, "PSNR, dB"): psnr(output, target), (row, "identities kept"): kept}
 
@@ -189,7 +190,7 @@ def score_shapes(row, sample, output, target, source):
     for frame in detect(output.transpose(0, 1)):
         for item in sample.target.objects:
             own = [thing for thing in frame.things if thing.color == item.color]
-            radii = [(thing.mask.sum() / UNITS[item.shape]).sqrt() for thing in own]
+            radii = [(thing.mask.sum() / UNIT_AREAS[item.shape]).sqrt() for thing in own]
             found = [overlap(t.mask, item.shape, t.x, t.y, r) for t, r in zip(own, radii)]
             overlaps.append(max(found, default=0.0))
     mean = sum(overlaps) / len(overlaps)
@@ -197,13 +198,13 @@ def score_shapes(row, sample, output, target, source):
 
 
 def belongs(sample, row):
-    """Is a sample one of a row's: of its kind of edit or request, with so many objects, that differ in all of
-    these fields, and, if it says so, with something that moves?"""
+    """Is a sample of the row's kind (of edit or request), with the row's number of objects, which differ in
+    each field that the row lists, and, if the row says so, with something that moves?"""
     items = sample.target.objects
     apart = all(len({getattr(item, name) for item in items}) == len(items) for name in row.differ)
-    stirs = any(item.motion != "standing still" for item in items) or not row.moves
-    typed = sample.told != sample.target or sample.images or sample.video  # no caption in its place
-    return typed and row.kind in (None, sample.kind) and apart and stirs and row.objects in (None, len(items))
+    moves = any(item.motion != "standing still" for item in items) or not row.moves
+    typed = sample.told != sample.target or sample.images or sample.video  # rather than a caption
+    return typed and row.kind in (None, sample.kind) and apart and moves and row.objects in (None, len(items))
 
 
 IMAGE, CLIP = [("t2i", 0)], [("t2v", 0)]
@@ -260,12 +261,12 @@ SUITES = {
     ]),
     "autoencoder": Suite(score_copy, how="autoencode", rows=[Row("images", IMAGE), Row("clips", CLIP)]),
 }  # fmt: skip
-BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows of each row and layout
+BATCH, SHOWN = 100, 2  # samples made together; samples that the picture shows of each row and layout
 
 
 def draw_batches(row, texts, samples, world, device):
-    """A row's samples as pairs (Samples, Batch of one layout); their `prompt` is the text that is used,
-    `told` what it states. No training run draws from these seeds."""
+    """Yield a row's samples as pairs (Samples, their Batch of one layout). Their `prompt` is the text that is
+    used, `told` what that states. No training run draws from these seeds."""
     for number, (task, images) in enumerate(row.layouts):
         share = (samples + number) // len(row.layouts)
         seeds = (f"benchmark {row.name} {world.seed} {task} {i}" for i in count())
@@ -304,8 +305,8 @@ def measure(suites, samples, world, device, ways):
                     results[suite][key] += [value] if value == value else []  # NaN: nothing to measure
                 if batch.key[0] + i < world.seed + SHOWN:
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
-                    told = outputs[i] if is_text else sample.prompt
-                    label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {told}"
+                    text = outputs[i] if is_text else sample.prompt
+                    label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {text}"
                     columns = {f"Image {k}": r[i] for k, r in enumerate(references, 1)}
                     if not is_text:
                         columns["output"] = outputs[i]
@@ -316,7 +317,7 @@ def measure(suites, samples, world, device, ways):
 
 
 def interval(values):
-    """Mean and 95% interval as text: Wilson's for a rate, 1.96 standard errors for numbers. One has none."""
+    """Mean and 95% interval as text: Wilson's for a rate, 1.96 standard errors for two or more numbers."""
     if not values:
         return ""
     n, mean, z = len(values), sum(values) / len(values), 1.96
@@ -347,8 +348,8 @@ def table(results):
 
 
 def generate(vino, batch, **settings):
-    """What the model makes of a Batch, with guidance -> pixels [B, 3, T, H, W]. Prompts of text alone are
-    expanded first, if the config says so."""
+    """What the model makes of a Batch, with guidance -> pixels [B, 3, T, H, W]. Prompts without references
+    are expanded first, if the config says so."""
     images = [reference for reference in batch.references if not reference.is_video]
     videos = batch.references[len(images) :]
     prompts = batch.prompts
@@ -362,7 +363,7 @@ def generate(vino, batch, **settings):
 
 
 class AttentionShares:
-    """Stands where a SequenceParallel would, and measures how much of the target's attention goes to the text
+    """Takes the place of a SequenceParallel, and measures how much of the target's attention goes to the text
     stream and, of that, to the learnable queries."""
 
     def __init__(self, target, queries):
@@ -400,7 +401,7 @@ def queries_share(vino, prompt, steps=10):
 
 def compare_queries(vino, world, samples, device, settings):
     """Figure 13 as a Markdown table: images right with and without the queries, and their share of attention,
-    for long and for short prompts, which are not expanded. It leaves `vino` without queries and rewriting."""
+    for long and for short prompts, which are not expanded. Removes the queries from `vino`, and rewriting."""
     vino.config.sampling.rewrite = False
     batches = []
     for row in SUITES["geneval"].rows:
@@ -436,7 +437,7 @@ def parse_arguments(arguments):
     add("suites", metavar="SUITE", nargs="*", help=f"{', '.join(names)} (default: the tables)")
     add("--samples", metavar="N", type=int, default=100, help="of each row (default: 100)")
     add("--weights", default=str(TINY), help="a .safetensors (default: assets/tiny.safetensors)")
-    add("--out", default="benchmark", help="folder of benchmark.md and .png (default: benchmark)")
+    add("--out", default="benchmark", help="folder for benchmark.md and .png (default: benchmark)")
     add("--seed", type=int, default=0, help="of samples and noise")
     add("--steps", type=int, help="of the sampler")
     add("--cfg-text", type=float)
@@ -449,7 +450,7 @@ def parse_arguments(arguments):
 
 
 def benchmark(args):
-    """Run the suites, print the table, and write it and a picture."""
+    """Run the suites, print their tables, and write these and a picture."""
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     model = Vino.load(args.weights, device=args.device)

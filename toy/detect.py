@@ -1,5 +1,5 @@
-"""What frames show, found by colour and outline, and whether it matches a text. Lengths are the toy
-world's."""
+"""What frames show, found by colour and outline, and whether that is what a text asks for. Lengths are pixels
+of a 64-pixel frame, as in world.py."""
 
 import math
 from collections import namedtuple
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from toy.world import BACKGROUNDS, COLORS, MOTIONS, SHAPES, distances, trace
 
-Thing = namedtuple("Thing", "shape color x y r mask")  # what stands in a frame; mask: its pixels [64, 64]
+Thing = namedtuple("Thing", "shape color x y r mask")  # seen in a frame; mask: its pixels [64, 64]
 Seen = namedtuple("Seen", "background things ground")  # ground: [64, 64], True where no thing is near
 
 
@@ -21,14 +21,14 @@ def shrink(frames):
 
 
 def detect(frames):
-    """What frames [N, 3, H, W] in [-1, 1] show -> N Seens. A colour, a shape or a background that is none of
-    the toy world's is "unclear"."""
+    """What frames [N, 3, H, W] in [-1, 1] show -> N Seens. Colours, shapes and backgrounds that are none
+    of the toy world's are "unclear"."""
     names, grounds = [*BACKGROUNDS, *COLORS], len(BACKGROUNDS)
     palette = torch.tensor([*BACKGROUNDS.values(), *COLORS.values()], dtype=torch.float32)
     distance = torch.cdist(shrink(frames).flatten(2).transpose(1, 2), palette)  # [N, 64 * 64, colours]
     least, nearest = distance.min(2)
     sure = F.one_hot(nearest, len(names)).bool() & (least < 60)[..., None]
-    present = sure.sum(1) >= 20  # edges mix colours: they are taken for those that cover an area
+    present = sure.sum(1) >= 20  # edges mix colours: they count as one that covers an area
     ground = sure[..., :grounds].sum(1).argmax(1)
     present[:, :grounds] = F.one_hot(ground, grounds).bool()
     nearest = distance.masked_fill(~present[:, None], math.inf).argmin(2)
@@ -46,7 +46,7 @@ def detect(frames):
 
 
 def components(mask):
-    """Number the connected parts of a mask [N, 1, H, W]; 0 is outside. The largest number spreads."""
+    """Number the connected components of masks [N, 1, H, W]: the largest number spreads. 0 is outside."""
     labels = torch.arange(1.0, mask[0].numel() + 1).view(mask[:1].shape) * mask
     while True:
         spread = F.max_pool2d(labels, 3, 1, 1) * mask
@@ -56,27 +56,27 @@ def components(mask):
 
 
 def identify(mask, sure, names):
-    """The Thing that covers a mask [64, 64]: its colour is `sure` [64, 64, colours] in most of it, and
-    its shape, drawn with the same centre and area, overlaps it most."""
+    """The Thing that covers a mask [64, 64]. Its colour is the one that most of it shows (`sure`:
+    [64, 64, colours]); its shape is the one that overlaps it most, if drawn with the same centre and area."""
     shares = sure[mask].float().mean(0)
     color = names[shares.argmax()] if shares.max() > 0.6 else "unclear"
     (y, x), area = (mask.nonzero() + 0.5).mean(0), mask.sum()
     choices = [(0.75, "unclear", (area / math.pi).sqrt())]
     for shape in SHAPES:
-        r = (area / UNITS[shape]).sqrt()
-        if r > 6.5:  # a small diamond is no tiny circle
+        r = (area / UNIT_AREAS[shape]).sqrt()
+        if r > 6.5:  # else a small diamond could pass for a tiny circle
             choices.append((overlap(mask, shape, x, y, r), shape, r))
     _, shape, r = max(choices)
     return Thing(shape, color, x.item(), y.item(), r.item(), mask)
 
 
 def outline(shape, x, y, r):
-    """The pixels [64, 64] of a shape."""
+    """The pixels [64, 64] that a shape covers."""
     pixel = torch.arange(64) + 0.5
     return SHAPES[shape]((pixel - x).abs(), pixel[:, None] - y, r) < 0
 
 
-UNITS = {shape: outline(shape, 32, 32, 28).sum() / 28**2 for shape in SHAPES}  # areas with a radius of 1
+UNIT_AREAS = {shape: outline(shape, 32, 32, 28).sum() / 28**2 for shape in SHAPES}  # at radius 1
 
 
 def overlap(mask, shape, x, y, r):
@@ -86,21 +86,21 @@ def overlap(mask, shape, x, y, r):
 
 
 def looks(things):
-    """Shape and colour of each, in a fixed order."""
+    """Shape and colour of each thing or object, sorted."""
     return sorted((thing.shape, thing.color) for thing in things)
 
 
 def is_there(thing, item, place):
-    """Is a thing an object of a text, as far as it tells? It lies within 4 pixels of its place (x, y, r)
-    and within 2.5 of its radius: halfway from small to large."""
+    """Is a thing this object in all that the text states? A stated cell holds within 4 pixels of the place
+    (x, y, r); a stated size within 2.5 of its radius: halfway from small to large."""
     x, y, r = place
     near = item.cell is None or math.hypot(thing.x - x, thing.y - y) < 4
-    large = item.size is None or abs(thing.r - r) < 2.5
-    return near and large and thing.shape == item.shape and item.color in (None, thing.color)
+    sized = item.size is None or abs(thing.r - r) < 2.5
+    return near and sized and thing.shape == item.shape and item.color in (None, thing.color)
 
 
 def in_place(things, objects, time):
-    """Are the things of a frame the objects, each where it is at that moment, whatever their sizes?"""
+    """Are the things of a frame the objects, each in its place at that time, whatever their sizes?"""
     places = [trace(item, time) for item in objects]
     sizeless = [item._replace(size=None) for item in objects]
     orders = permutations(things) if len(things) == len(objects) else ()
@@ -108,7 +108,8 @@ def in_place(things, objects, time):
 
 
 def pairings(seen, told):
-    """Things of the first and of the last frame, in all orders that have the told shapes and colours."""
+    """Yield the things of the first and of the last frame, in all orders that match the told objects by shape
+    and colour."""
     begin, end = seen[0].things, seen[-1].things
     if not len(begin) == len(end) == len(told):
         return
@@ -120,14 +121,14 @@ def pairings(seen, told):
 
 
 def motion(first, last):
-    """The motion, out of MOTIONS, that is nearest to what a thing did."""
+    """The name of the motion that is nearest to what a thing did, from the first frame to the last."""
     scale = np.array((1, 1, 3.4))  # 5 pixels of radius count as 17 of travel
     change = np.subtract(last[2:5], first[2:5]) * scale
     return min(MOTIONS, key=lambda name: math.dist(change, MOTIONS[name].change * scale))
 
 
-def moves_right(seen, told):
-    """Does everything move as it is told?"""
+def moves_as_told(seen, told):
+    """Does each thing move as the text says?"""
     return any(
         all(item.motion in (None, motion(*ends)) for item, *ends in zip(told, first, last))
         for first, last in pairings(seen, told)
@@ -140,7 +141,7 @@ def is_related(order, relation):
 
 
 def obeys(seen, sample):
-    """Do frames show all that the text of a sample tells? What it leaves out is free."""
+    """Do frames show all that the text of a sample states? What it leaves out is free."""
     told, full = sample.told, sample.target.objects
     grounds = {frame.background for frame in seen}
     if len(grounds) > 1 or "unclear" in grounds or told.background not in (None, *grounds):
@@ -151,8 +152,8 @@ def obeys(seen, sample):
     def is_right(item, whole, first, last):
         if not is_there(first, item, trace(whole, 0)):
             return False
-        moves = item.motion is None or len(seen) == 1
-        return moves or (motion(first, last) == item.motion and is_there(last, item, trace(whole, 1)))
+        free = item.motion is None or len(seen) == 1
+        return free or (motion(first, last) == item.motion and is_there(last, item, trace(whole, 1)))
 
     return any(
         is_related(first, sample.relation) and all(map(is_right, told.objects, full, first, last))

@@ -1,12 +1,12 @@
-"""What people type about the toy world: a grammar, the sentences it makes, and the tokenizer that reads them.
+"""What people type about the toy world: a grammar, the texts it generates, and the tokenizer that reads them.
 
-    name = a | b     a rule: one of these phrases; 3*a | b takes a three times as often
-    [a|b]            a choice inside of a phrase, with none inside of it
+    name = a | b     a rule: say one of these phrases; in 3*a | b the first is three times as likely
+    [a|b]            a choice inside a phrase; choices do not nest
     {name}           another rule, or a fact of the sample, in words
-    !                the phrase is kept out of training
+    !a               a phrase that is held out of training
 
-A fact that a text names is stated; what it leaves out is free. Only the benchmark draws phrases with "!".
-Training knows each of their words, with the same meaning, from another phrase.
+A text states the facts that it names; what it leaves out is free. Only the benchmark draws held-out phrases.
+Each of their words occurs in training too, with the same meaning, in another phrase.
 """
 
 import random
@@ -17,12 +17,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from vino import SPECIAL_TOKENS, SYSTEM_PROMPT, Config
 
-LITTLE = {*"a an the is are there that with at in on".split()}  # what people may leave out
-UNKNOWN = "[UNK]"  # what each unknown word is to the tokenizer
+LITTLE = {*"a an the is are there that with at in on".split()}  # words that people may leave out
+UNKNOWN = "[UNK]"  # the token for every word that the tokenizer does not know
 
 RULES = """
-# Facts: "circle" stands in requests for images, "moving circle" in those for clips, "the circle" where it is
-# seen; "left" is a place, "the left" the one to go to.
+# Facts: "circle" is for requests for images, "moving circle" for requests for clips, "the circle" for one
+# that is there to be seen; "left" says where something is, "the left" where it comes from or goes to.
 small = 2*small | little | !tiny
 moving small = 2*small | 2*tiny | !little
 large = 2*large | big | !huge
@@ -61,6 +61,7 @@ left = 4*at the left | 2*on the left | on the left side | !near the left edge
 right = 4*at the right | 2*on the right | on the right side | !near the right edge
 center = 4*at the center | 2*in the [center|middle] | in the middle of the [image|picture] | !in the centre
     | !at the center of the picture
+the center = 2*the center | 2*the centre | !the middle
 left of = 4*left of | 2*to the left of | !on the left of | !on the left side of
 right of = 4*right of | 2*to the right of | !on the right of | !on the right side of
 above = 4*above | over
@@ -76,13 +77,13 @@ shrinks = 4*shrinks | is shrinking | gets smaller | !is getting smaller | !becom
 stand still = 4*stand still | stay in place | !not move
 grow = 4*grow | get bigger | become bigger | !become larger
 shrink = 4*shrink | get smaller | !become smaller
-# Things that are not there yet
+# Objects that are yet to be drawn
 a = 4*a | 3* | 2*the | one
 thing = 5*{a} [2*|{size}] {color} {shape} | !{a} {color} {size} {shape} | !{a} [|{size}] {shape} in {color}
     | {a} [|{size}] {shape} that is {color} | {a} [|{size}] {shape}
 things = 4*{number} [2*|{size} ]{color} {plural} | {number} [|{size} ]{plural} | {number} {plural} in {color}
     | {number} {color} {size} {plural} | !{number} {plural} that are {color}
-# Pictures and clips: the frame of a request
+# Requests for pictures and clips: the words around the list of objects
 picture = 3*image | 2*picture | drawing | !photo
 clip = 3*video | 2*clip | !animation | !movie
 please = 4* | please | !could you please
@@ -115,7 +116,7 @@ quiet clip request = {quiet lead} {list} | {quiet lead} {list} {on}
 quiet lead = a video of | a movie of | {please} make a clip of | {please} show [a video|an animation] of
     | !create an animation of
     | !I want a video of
-# Objects in a list, or as sentences of their own; in clips each says what it does
+# Objects as items of a list, or in sentences of their own; in clips each with its motion
 and item = 4*and | 2*, and | 3*, | with | next to
 and first item = , | and
 and sentence = . | and
@@ -145,7 +146,7 @@ relation item = 4*{first} {how} {second} | {second}, and {how} it {first} | {sec
 relation sentence = 3*{first} is {how} {second} | there is {first} {how} {second}
     | {how} {second} [there is|we see|put|draw] {first} | there is {second}. {first} is {how} it
     | there is {second} and {how} it is {first} | !{how} {second} is {first}
-# Things that are there: in a picture, in a video, in one of several
+# Objects that are there to be seen: in the only image, in the video, in one of several images
 only = 4*it | 2*the object | the shape | this | !this one | !this object
 by shape = 3*the {seen shape} | {seen shape} | !that {seen shape}
 by color = the {color} [3*one|object|!shape]
@@ -162,7 +163,7 @@ of Image = 5*the [object|shape] [of|in|from] Image {k} | the one [of|in|from] Im
     | !Image {k}'s object | !the object that Image {k} shows
 ground of Image = 3*the {back} [of|in|from] Image {k} | Image {k}'s {back} | the {back} that Image {k} has
     | !the {back} that is in Image {k}
-# Edits that the text tells
+# Edits that the text describes
 recolor = 3*{please} [make|paint] {it} {new} | {please} change {it} to {new} | [color|colour] {it} {new}
     | paint {it} in {new} | !{please} turn {it} {new} | !turn {it} {new} | {please} make {it} {new} instead
     | change the [color|colour] of {it} into {new} | {it} should [be|become] {new}
@@ -200,7 +201,7 @@ resize = 3*{please} [make|draw] {it} {made} | {please} {scale} {it} | {it} shoul
     | !I want {it} {made} | !change {it} to {size} | let {it} be {made} | !set the size of {it} to {size}
 scale small = shrink | reduce the size of | !make smaller
 scale large = enlarge | increase the size of | !make bigger
-# Edits that another image shows
+# Edits that take something from another image
 recolor as = 2*{please} [make|paint] {it} the [color|colour] of {donor}
     | give {it} the [color|colour] of {donor} | change the [color|colour] of {it} to that of {donor}
     | paint {it} like {donor} | !{it} should have the [color|colour] of {donor}
@@ -216,7 +217,7 @@ background as = 2*{please} [use|show] {donor ground} | give it {donor ground}
     | !change the {back} to {donor ground} | !put everything on {donor ground} | I want {donor ground}
 compose = 2*{please} [put|show|place] {donor} on {base ground} | {donor} on {base ground}
     | {donor} in front of {base ground} | !draw {donor} on {base ground} | !on {base ground}, {donor}
-# A still image comes to life; clips of what images show; a motion again
+# Animations of an image; clips of the objects of several images; a motion cloned from a video
 animate = 3*{it} {does} | 2*{please} make {it} {do} | let {it} {do} | {it} should {do}
     | !{please} have {it} {do} | I want {it} to {do} | show {it} {motion} | {it} is {motion}
 animated = 5*{list} | 2*animate Image 1: {list} | animate the image: {list} | {list} in the video
@@ -235,7 +236,7 @@ clone = 2*{please} [move|animate] {it} [as|like the object] in Video 1
     | !move {it} like the object of the video | let {it} move as the video shows
     | {it} with the motion of [the video|Video 1] | !{it} should move like in Video 1
 clone object = 3*the object of Image 1 | 2*Image 1 | the object in Image 1 | it | !what is in Image 1
-# Questions
+# Questions, and copies
 look = 4*describe Image {k} | what is in Image {k} | what does Image {k} show
     | what do [you|we] see in Image {k} | can you say what is in Image {k} | could you describe Image {k}
     | !what can you see in Image {k} | !say what Image {k} shows
@@ -243,7 +244,6 @@ watch = 4*describe Video 1 | what is in [the video|Video 1] | what does Video 1 
     | what happens in [the video|Video 1] | !what do you see in the video | !describe what happens in Video 1
     | !say what the clip shows
 copy = 2*reconstruct Image {k} | show Image {k} | Image {k} again | copy Image {k} | !show Image {k} again
-the center = 2*the center | 2*the centre | !the middle
 """
 for high, upper in (("top", "upper"), ("bottom", "lower")):
     for side in ("left", "right"):
@@ -272,7 +272,7 @@ move {way} = 4*move {way} | go {way} | go {toward} | !move {toward}
 
 
 class Choice:
-    """One of several phrases; those that are held out of training stand apart."""
+    """One of several phrases; those held out of training are kept apart."""
 
     def __init__(self, text):
         self.known, self.held = [], []
@@ -283,7 +283,7 @@ class Choice:
 
 
 class Words(str):
-    """What has been said, even where it reads like the name of a rule."""
+    """Finished text: never looked up as a rule, even if it reads like the name of one."""
 
 
 class Name(str):
@@ -291,7 +291,7 @@ class Name(str):
 
 
 def parse(text):
-    """A phrase as a list of words, Names and Choices."""
+    """A phrase -> list of strings, Names and Choices."""
     parts = []
     for part in re.findall(r"\[.*?\]|\{.*?\}|[^\[{]+", text):
         if part[0] == "[":
@@ -304,7 +304,7 @@ def parse(text):
 
 
 def read_rules(text):
-    """The rules of a text as {name: parsed phrase}."""
+    """A text like RULES -> {name: parsed phrase}."""
     text = re.sub(r"\s+\| ", "|", re.sub("#.*", "", text))
     rules = (line.split(" = ") for line in text.split("\n") if line)
     return {name: [Choice(options)] for name, options in rules}
@@ -314,24 +314,25 @@ GRAMMAR = read_rules(RULES)
 
 
 class Speaker(random.Random):
-    """Puts facts into words. `phrasing` is "known", or "unknown" for what training never sees; `held_out`
-    tells if such a phrase has been drawn."""
+    """Puts facts into words. `phrasing` is "known", or "unknown" to draw phrases that training never sees
+    as well; `held_out` tells whether one has been drawn."""
 
     def __init__(self, seed, phrasing="known"):
         super().__init__(seed)
         self.all_phrases, self.held_out = phrasing == "unknown", False
 
     def choice(self, options):
-        """One of them; four times as fast as random's own."""
+        """One of the options; four times as fast as random's own method."""
         return options[int(self.random() * len(options))]
 
     def say(self, rule, **facts):
-        """A rule of the grammar in words, and the names of the facts that it states."""
+        """A rule of the grammar in words, and the names of the facts that these words state."""
         words, stated = [], set()
         self.expand(GRAMMAR[rule], facts, words, stated)
         return Words(" ".join("".join(words).split())), stated
 
     def expand(self, phrase, facts, words, stated):
+        """Append a parsed phrase, in words, to `words`, and add the facts that it states to `stated`."""
         for part in phrase:
             if type(part) is str:
                 words.append(part)
@@ -339,7 +340,7 @@ class Speaker(random.Random):
                 rule = part
                 if part in facts:
                     stated.add(str(part))
-                    rule = facts[part]
+                    rule = facts[part]  # often the name of a rule itself, such as "purple"
                 if type(rule) is not Words and rule in GRAMMAR:
                     self.expand(GRAMMAR[rule], facts, words, stated)
                 else:
@@ -351,9 +352,9 @@ class Speaker(random.Random):
                 self.expand(self.choice(options), facts, words, stated)
 
     def mumble(self, text):
-        """A known text, now and then without some of its little words, or with meaningless ones."""
+        """A text as typed in a hurry: little words may be missing, and meaningless ones added."""
         words = text.split()
-        if self.all_phrases:  # what is held out could turn into something known
+        if self.all_phrases:  # without its little words, a held-out phrase may read like a known one
             return text
         if self.random() < 0.5:
             words = [word for word in words if word not in LITTLE or self.random() < 0.4]
@@ -366,8 +367,8 @@ class Speaker(random.Random):
 
 
 def toy_tokenizer():
-    """One word, one token, whatever its case and the punctuation around it. Only the punctuation of
-    figure 4's template and of captions is kept; each unknown word is one UNKNOWN."""
+    """A tokenizer with one token for a word, whatever its case and the punctuation around it. It keeps only
+    the punctuation of figure 4's template and of captions; each unknown word becomes one UNKNOWN."""
     texts = [SYSTEM_PROMPT, Config().sampling.rewrite_system, " ".join(map(str, range(10)))]
     texts.append("system user assistant seconds red green blue yellow black white")
     texts.append(re.sub(r"#.*|.* = |\{.*?\}", " ", RULES))  # without comments and names

@@ -4,10 +4,10 @@
     python -m toy.pretrain --part vlm --weights runs/pretrain-vae/final.safetensors
 
     vae      the autoencoder, on images and clips
-    vlm      the language model: it describes what it sees, and predicts in a caption what a prompt or an
-             instruction asks for
-    mmdit    text to image and video, with a text encoder of its own. That one is thrown away, so that stage 1
-             has to align the VLM with the model (2.3)
+    vlm      the vision-language model: it describes what it sees, and captions the result that a prompt or
+             an instruction asks for
+    mmdit    text to image and video, with a text encoder of its own. This encoder is thrown away, so that
+             stage 1 has to align the VLM with the MMDiT (2.3)
 
 The loop, its checkpoints and its pictures are train.py's.
 """
@@ -42,13 +42,13 @@ PARTS = {
                    trainable=["native_text.", "transformer."], **TOY | {"drop": 0.1},
                    mixture={"t2i": 0.5, "t2v": 0.5}),
 }  # fmt: skip
-KL = 3e-5  # weight of the posterior's distance to the normal distribution, against the squared error
-EDGE = 4  # extra weight of errors at edges, which is where shapes melt
+KL = 3e-5  # weight of the KL divergence from the standard normal distribution, against the squared error
+EDGE = 4  # extra weight of errors at edges, where shapes blur
 
 
 def edges(pixels):
-    """Where a pixel differs from the mean around it, and one pixel around there: [B, 3, T, H, W] to booleans
-    [B, 1, T, H, W]."""
+    """[B, 3, T, H, W] -> booleans [B, 1, T, H, W]: the pixels that differ from the mean of the 3x3 around
+    them, and their neighbours."""
     around = {"kernel_size": (1, 3, 3), "stride": 1, "padding": (0, 1, 1)}
     mean = F.avg_pool3d(pixels, **around, count_include_pad=False)
     difference = (pixels - mean).abs().amax(1, keepdim=True)
@@ -56,26 +56,26 @@ def edges(pixels):
 
 
 class Autoencoding(Objective):
-    """The VAE's: squared error, which counts more at edges, and a little of the posterior's distance to the
-    normal distribution."""
+    """The VAE's: squared error, which counts more at edges, and a little of the posterior's KL divergence
+    from the standard normal distribution."""
 
     def loss(self, batch):
         vae = self.vino.vae
         mean, log_variance = (part.float() for part in vae.moments(batch.target))
         noise = draw_noise(batch.key, mean)[1]
         output = vae.decode((mean + noise * (log_variance / 2).exp()) * vae.config.scaling_factor)
-        surplus = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
         weight = 1.0 + EDGE * edges(batch.target)
         error = (output.float() - batch.target).square() * weight / weight.mean((1, 2, 3, 4), keepdim=True)
-        return error.flatten(1).mean(1) + KL * surplus.flatten(1).mean(1)
+        return error.flatten(1).mean(1) + KL * divergence.flatten(1).mean(1)
 
     def picture(self, batch):
         return self.vino.vae.decode(self.vino.vae.encode(batch.target)).float(), batch.prompts
 
 
-class FrameAttention(nn.Module):
-    """Attention of Qwen3-VL's vision tower in all frames at once, if they have one size. transformers attends
-    in one after the other, which takes five times as long in training."""
+class BatchedFrameAttention(nn.Module):
+    """Attention of Qwen3-VL's vision tower within each frame, in one batch of frames of one size.
+    transformers loops over the frames, which takes five times as long in training."""
 
     def __init__(self, attention):
         super().__init__()
@@ -85,24 +85,26 @@ class FrameAttention(nn.Module):
         """All patches [L, D], the borders of the frames, and RoPE's cosines and sines -> [L, D]."""
         cos, sin = (x[:, None] for x in position_embeddings)  # [L, 1, head]
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [L, heads, head]
-        turned = [torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) for x in (q, k)]
-        q, k = ((x * cos + y * sin).to(v.dtype) for x, y in zip((q, k), turned))
+        rotated = [torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) for x in (q, k)]
+        q, k = ((x * cos + y * sin).to(v.dtype) for x, y in zip((q, k), rotated))
         frames = len(cu_seqlens) - 1
         q, k, v = (x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)  # [frames, heads, n, head]
+        x = F.scaled_dot_product_attention(q, k, v)  # [frames, heads, L / frames, head]
         return self.proj(x.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
 class Captioning(Objective):
-    """The VLM's: next-token cross-entropy of the answer to what people type. What it foretells it also says
-    under the system line that asks for a caption."""
+    """The VLM's: next-token cross-entropy of the answer to what people type. Half of the answers that caption
+    a result yet to be made come under the system line for rewriting."""
+
+    sometimes_used = "mm_encoder.mm_encoder.model.visual"
 
     sometimes_used = "mm_encoder.mm_encoder.model.visual"
 
     def __init__(self, vino, shift):
         super().__init__(vino, shift)
         for block in vino.mm_encoder.mm_encoder.model.visual.blocks:
-            block.attn = FrameAttention(block.attn)
+            block.attn = BatchedFrameAttention(block.attn)
 
     def loss(self, batch):
         vlm, seen = self.vino.mm_encoder, batch.references
@@ -166,7 +168,7 @@ OBJECTIVES = {"vae": Autoencoding, "vlm": Captioning, "mmdit": TextToVideo}
 
 @torch.no_grad()
 def quieten(vino):
-    """Residual branches add nothing at first: their last matrix or their gate is zero. So is the velocity."""
+    """Let residual branches and the velocity start at zero: zero their last matrix, or their gate."""
     ends = ("conv2.conv", "attentions.0.to_out.0", "o_proj", "down_proj", "attn.proj", "mlp.linear_fc2")
     for name, module in vino.named_modules():
         if name.endswith((*ends, "transformer.proj_out")) or isinstance(module, Modulation):
@@ -176,7 +178,7 @@ def quieten(vino):
 
 @torch.no_grad()
 def scale_latents(run):
-    """Give latents the noise's standard deviation, for rectified flow."""
+    """Give latents the standard deviation of the noise, 1, for rectified flow."""
     latents = []
     for task in run.source.tasks:
         drawn = [run.source.draw(task, 0, -1 - number) for number in range(64)]
@@ -186,7 +188,7 @@ def scale_latents(run):
 
 
 def prepare(args, part, weights, out):
-    """The Run of one part, at its first step or where it was stopped."""
+    """The Run of one part, at its first step, or at the one where it was stopped."""
     found, saved = train.find_checkpoint(out, args.resume)
     device, dtype = train.start_device(args.dtype)
     weights = str(weights or saved.get("weights") or "random")
@@ -211,7 +213,7 @@ def parse_arguments(arguments):
     about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser("toy.pretrain", "python -m toy.pretrain [options]", about)
     parser.add_argument("--part", choices=list(PARTS), help="only this one; by default all three")
-    parser.add_argument("--weights", help="a .safetensors to go on from; by default random weights")
+    parser.add_argument("--weights", help="a .safetensors to start from; by default random weights")
     parser.add_argument("--out", help="output goes to OUT-vae, OUT-vlm, OUT-mmdit; default: runs/pretrain")
     parser.set_defaults(data=None, shard="ddp", ema_on_host=False)
     train.add_common_arguments(parser)
@@ -222,7 +224,7 @@ def parse_arguments(arguments):
 
 
 def pretrain(args):
-    """All parts that the command line asks for, each from what the one before has made -> exit status."""
+    """Train the parts that the command line asks for, each from the one before -> exit status."""
     folder, weights = Path(args.out or "runs/pretrain"), args.weights
     for part in [args.part] if args.part else PARTS:
         out = folder.with_name(f"{folder.name}-{part}")

@@ -1,4 +1,4 @@
-"""Claims about the toy world, stage 0 and the miniature benchmarks; a test's name is the claim."""
+"""Claims about the toy world, stage 0 and the small benchmarks; each test's name is a claim."""
 
 import collections
 import functools
@@ -59,7 +59,7 @@ TWO = scene_of(GREEN, CYAN)
 # --- The toy world ------------------------------------------------------------------------------------------
 
 
-def test_samples_depend_on_their_number_only_and_a_steps_samples_have_one_layout(toy):
+def test_samples_depend_only_on_their_number_and_all_samples_of_a_step_have_one_layout(toy):
     again = world.ToyWorld(toy.stage, toy.config, 0)
     for name, task in world.TASKS.items():
         samples = [toy.draw(name, 40, index) for index in range(40, 56)]
@@ -74,13 +74,16 @@ def test_samples_depend_on_their_number_only_and_a_steps_samples_have_one_layout
 
 @functools.cache
 def drawn(phrasing):
-    """(task, Sample) of all tasks."""
-    return [(name, world.make_sample(f"tests {number}", name, images, phrasing))
-            for name, task in world.TASKS.items() for images in task.images
-            for number in range(500)]  # fmt: skip
+    """Pairs (task, Sample): 500 of each layout of each task."""
+    layouts = [(name, images) for name, task in world.TASKS.items() for images in task.images]
+    return [
+        (name, world.make_sample(f"tests {number}", name, images, phrasing))
+        for name, images in layouts
+        for number in range(500)
+    ]
 
 
-def test_objects_keep_apart_and_a_margin_to_the_frames_edge_in_every_frame():
+def test_objects_keep_clear_of_each_other_and_of_the_frames_edge_in_every_frame():
     for name, sample in [*drawn("known"), *drawn("unknown")]:
         for scene in filter(None, [*sample.images, sample.video, sample.target]):
             moves = scene is sample.video or scene is sample.target and world.TASKS[name].clip
@@ -89,7 +92,7 @@ def test_objects_keep_apart_and_a_margin_to_the_frames_edge_in_every_frame():
                 for x, y, r in places:
                     assert min(x, y, 64 - x, 64 - y) >= r + 1.5 - 1e-6, (name, sample)
                 for (x, y, r), (u, v, q) in itertools.combinations(places, 2):
-                    # Boxes apart, or circles around them that hold even a square's corners.
+                    # Bounding boxes are apart, or circles large enough to hold a square's corners.
                     gap = max(abs(x - u), abs(y - v), math.dist((x, y), (u, v)) / 1.28)
                     assert gap >= r + q, (name, sample)
 
@@ -102,7 +105,7 @@ def test_scenes_are_drawn_in_their_flat_colours():
     assert flat.float().mean() > 0.9  # what is left are edges
 
 
-def test_motions_are_clear_and_begin_wherever_there_is_room():
+def test_motions_are_large_and_begin_wherever_there_is_room():
     starts = collections.defaultdict(set)
     for name, sample in drawn("known"):
         if name == "motion":
@@ -149,7 +152,7 @@ PATTERNS = [  # kind of fact, what to look for, in this order, and its name if t
 
 
 def read(text, clip):
-    """What a text says, by an independent reader: {kind of fact: set of words}."""
+    """What a text says, read without the grammar: {kind of fact: set of words}."""
     words = [word for word in words_of(text) if word in WORDS]
     text, found = " ".join(MEANING.get(word, word) for word in words), collections.defaultdict(set)
     for kind, pattern, name in PATTERNS:
@@ -161,7 +164,7 @@ def read(text, clip):
 
 
 def facts_of(scene, relation=""):
-    """The same of a Scene."""
+    """What a Scene says, in the same form."""
     facts = {"background": {scene.background} - {None}, "relation": {relation} - {""}}
     for kind in ("shape", "color", "size", "cell", "motion"):
         facts[kind] = {getattr(item, kind) for item in scene.objects} - {None}
@@ -169,7 +172,7 @@ def facts_of(scene, relation=""):
 
 
 @pytest.mark.parametrize("phrasing", ["known", "unknown"])
-def test_a_request_says_what_is_told_and_nothing_else_and_all_of_it_is_true(phrasing):
+def test_a_request_states_what_is_told_and_nothing_else_and_all_of_it_is_true(phrasing):
     for name, sample in drawn(phrasing):
         if name not in ("t2i", "t2v"):
             continue
@@ -192,7 +195,7 @@ def test_a_request_says_what_is_told_and_nothing_else_and_all_of_it_is_true(phra
 
 
 @pytest.mark.parametrize("phrasing", ["known", "unknown"])
-def test_an_edit_names_what_changes_and_only_what_is_there(phrasing):
+def test_an_edit_names_what_changes_and_nothing_that_is_neither_in_source_nor_target(phrasing):
     for name, sample in drawn(phrasing):
         if name not in ("ti2i", "tv2v"):
             continue
@@ -206,7 +209,7 @@ def test_an_edit_names_what_changes_and_only_what_is_there(phrasing):
         assert len(changed) <= (2 if re.search("both|all|everything", sample.short_prompt) else 1)
 
 
-def test_captions_say_everything_in_the_order_of_the_text_or_else_in_reading_order():
+def test_captions_state_every_fact_in_the_order_of_the_text_or_with_references_in_reading_order():
     for name, sample in drawn("known"):
         clip, seen = world.TASKS[name].clip, bool(sample.images or sample.video)
         caption = world.describe(sample.target, clip, ordered=not seen)
@@ -239,7 +242,7 @@ def test_held_out_phrases_and_layouts_are_never_drawn_in_training_but_their_word
     assert trained == [world.make_sample(f"0 ti2i {index}", "ti2i", 1, "known") for index in range(50)]
 
 
-EXAMPLES = [  # what people typed; "!": of the held-out phrases
+EXAMPLES = [  # what people typed; "!" marks what only a held-out phrase makes
     ("A small blue square on a white background.", "image", [BLUE]),
     ("!RED CIRCLE", "image", [RED]),
     ("!a picture of a red circle", "image", [RED]),
@@ -255,7 +258,7 @@ EXAMPLES = [  # what people typed; "!": of the held-out phrases
 
 
 @pytest.mark.parametrize("text, how, objects", EXAMPLES)
-def test_the_grammar_makes_what_people_type(text, how, objects):
+def test_the_grammar_can_make_what_people_type(text, how, objects):
     maker, scene = world.SampleMaker(0, "unknown"), scene_of(*objects, ground="white")
     for _ in range(60_000):
         maker.held_out = False
@@ -270,7 +273,7 @@ def test_the_grammar_makes_what_people_type(text, how, objects):
     raise AssertionError(text)
 
 
-def test_a_word_is_one_token_whatever_its_case_and_punctuation_and_an_unknown_one_is_one_too():
+def test_a_word_known_or_not_is_one_token_whatever_its_case_and_the_punctuation_around_it():
     tokenizer = language.toy_tokenizer()
     assert tokenizer.get_vocab_size() < 512
     ids = tokenizer.encode("a red circle at the left").ids
@@ -293,7 +296,7 @@ def test_a_word_is_one_token_whatever_its_case_and_punctuation_and_an_unknown_on
 
 # --- Stage 0 ------------------------------------------------------------------------------------------------
 
-SMALL = {  # tiny_config.json, smaller
+SMALL = {  # changes that make tiny_config.json smaller
     "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 16, "mrope_section": [3, 3, 2]},
     "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
@@ -330,7 +333,7 @@ def test_each_part_trains_its_own_module_and_the_text_encoder_is_thrown_away(par
 
 
 @torch.no_grad()
-def test_latents_are_as_wide_as_the_noise(parts, toy):
+def test_latents_have_about_the_standard_deviation_of_the_noise(parts, toy):
     model, latents = Vino.load(parts["vae"]), []
     for task in ("t2i", "t2v"):
         batch = toy.collate(task, [toy.draw(task, 0, index) for index in range(16)], "cpu")
@@ -339,12 +342,12 @@ def test_latents_are_as_wide_as_the_noise(parts, toy):
 
 
 @torch.no_grad()
-def test_the_vision_tower_sees_the_same_with_attention_in_all_frames_at_once(parts, toy):
+def test_the_vision_towers_features_are_the_same_with_attention_batched_over_frames(parts, toy):
     encoder = Vino.load(parts["vlm"]).mm_encoder
     reference = toy.collate("watch", [toy.draw("watch", 0, index) for index in range(3)], "cpu").references[0]
     expected, names = encoder.encode_vision(reference), [*encoder.state_dict()]
     for block in encoder.mm_encoder.model.visual.blocks:
-        block.attn = pretrain.FrameAttention(block.attn)
+        block.attn = pretrain.BatchedFrameAttention(block.attn)
     features = encoder.encode_vision(reference)
     assert [*encoder.state_dict()] == names
     for ours, theirs in zip(features, expected, strict=True):
@@ -352,7 +355,7 @@ def test_the_vision_tower_sees_the_same_with_attention_in_all_frames_at_once(par
 
 
 @torch.no_grad()
-def test_kept_encodings_give_the_loss_of_new_ones(parts, toy):
+def test_kept_encodings_give_the_same_loss_as_new_ones(parts, toy):
     model = Vino.load(parts["mmdit"])
     stage = replace(toy.stage, encode_once=8)
     keeping, objective = world.ToyWorld(stage, toy.config, toy.seed, model), train.Objective(model, 3.0)
@@ -395,7 +398,7 @@ def blurred(pixels):
     return 0.7 * pixels + 0.075 * spread + 0.07 * torch.randn(pixels.shape, generator=torch.manual_seed(0))
 
 
-def test_the_benchmarks_see_each_scene_of_the_toy_world_through_blur_and_noise(toy):
+def test_the_benchmarks_recognize_scenes_through_blur_and_noise(toy):
     right = []
     for task, count in (("t2i", 150), ("t2v", 20)):
         samples = [toy.draw(task, 0, index) for index in range(count)]
@@ -422,7 +425,7 @@ def test_an_output_is_right_if_all_that_the_text_states_is_there_and_nothing_els
     assert right(free) == [False, False, True, True, False, True, True, False, False]
 
 
-def test_clips_are_scored_by_what_moves_how_and_who_is_where():
+def test_clips_are_scored_by_what_is_where_and_how_it_moves():
     swapped = scene_of(world.Object(*CYAN[:2], *GREEN[2:]), world.Object(*GREEN[:2], *CYAN[2:]))
     still, sample = scene_of(GREEN._replace(motion="standing still"), CYAN), sample_of(TWO)
     clips = clips_of(TWO, swapped, still, scene_of(GREEN))
@@ -484,7 +487,7 @@ def test_captions_may_choose_only_what_the_prompt_leaves_free():
     assert score == {("x", "right"): False}
 
 
-def test_the_overlap_of_shapes_falls_when_corners_melt():
+def test_the_overlap_of_shapes_falls_when_corners_are_lost():
     square = figures.thing("square", "red", "large", "left", "moving right")
     sample = sample_of(scene_of(square))
     sharp, melted = clips_of(sample.target, scene_of(square._replace(shape="circle")))
@@ -494,13 +497,13 @@ def test_the_overlap_of_shapes_falls_when_corners_melt():
     assert scores[0]["x", "overlap"] > 0.99 > scores[1]["x", "overlap"] > scores[2]["x", "overlap"] < 0.85
 
 
-def test_perfect_outputs_are_all_right_in_every_benchmark(toy):
+def test_perfect_outputs_get_the_best_score_in_every_benchmark(toy):
     ideal = dict.fromkeys(["answer", "rewrite"], lambda batch: batch.answers)
     ideal |= dict.fromkeys(["generate", "autoencode"], lambda batch: batch.target)
     results, _ = benchmark.measure(benchmark.SUITES, 4, toy, "cpu", ideal)
     assert [len(values) for values in results.values()] == [8, 8, 18, 6, 13, 12, 18, 6, 9, 4, 4]
     for (row, column), values in itertools.chain(*[suite.items() for suite in results.values()]):
-        if column == "overlap":  # of outlines around the middle of what is seen
+        if column == "overlap":  # rarely just 1: outlines are centred on the pixels that are seen
             values = [value > 0.95 for value in values]
         best = {"identities swapped": False, "gray levels": 0}.get(column, True)
         best = 60 if column.endswith("dB") else best

@@ -2,7 +2,7 @@
 
 Scenes are drawn in Python from a seed, put into words (language.py), and rendered in torch. Lengths are
 pixels of a 64-pixel frame; time runs from 0 (first frame) to 1 (last). What a text leaves out stays as the
-references show it, and is free where they do not.
+references show it, or is free if they do not show it.
 """
 
 import math
@@ -20,11 +20,11 @@ from toy.language import Speaker, Words
 from train import Batch, Source, Task, chance
 from vino import Reference, patchify, resize, spread_frames, vlm_size
 
-TASKS = train.TASKS | {  # the last two are stage 0's: the VLM puts what it sees into words
+TASKS = train.TASKS | {  # the last two are stage 0's: the VLM describes what it sees
     "look": Task((1, 2, 3)),
     "watch": Task((0,), video=True, clip=True),
 }
-METHODS = {  # of SampleMaker
+METHODS = {  # which method of SampleMaker makes the samples of a task
     "t2i": "request", "t2v": "request", "i2v": "animate", "ti2i": "edit", "ti2i_ref": "edit", "ti2v": "cast",
     "tv2v": "edit", "tiv2v": "edit", "motion": "clone", "reconstruction": "copy", "selection": "copy",
     "look": "look", "watch": "look",
@@ -44,8 +44,8 @@ SIZES = {"small": 7.5, "large": 12.5}  # radii
 CELLS = {"top left": (15, 15), "top": (32, 15), "top right": (49, 15),
          "left": (15, 32), "center": (32, 32), "right": (49, 32),
          "bottom left": (15, 49), "bottom": (32, 49), "bottom right": (49, 49)}
-JITTER = 1  # how far an object lies from the middle of its cell: 1.5 pixels remain to the frame's edge
-GAP = 1.5  # between two objects
+JITTER = 1  # from a cell's centre to its object's, at most; 1.5 pixels remain to the frame's edge
+GAP = 1.5  # between two objects, at least
 Motion = namedtuple("Motion", "does do change")  # change: d(x, y, r)
 MOTIONS = {"standing still": Motion("stands still", "stand still", (0, 0, 0)),
            "moving left": Motion("moves left", "move left", (-17, 0, 0)),
@@ -54,36 +54,37 @@ MOTIONS = {"standing still": Motion("stands still", "stand still", (0, 0, 0)),
            "moving down": Motion("moves down", "move down", (0, 17, 0)),
            "growing": Motion("grows", "grow", (0, 0, 5)),
            "shrinking": Motion("shrinks", "shrink", (0, 0, -5))}
-GROWTH = {"growing": "small", "shrinking": "large"}  # the size that leaves room
+GROWTH = {"growing": "small", "shrinking": "large"}  # the size to begin with, so that there is room
 STARTS = {name: [cell for cell, (x, y) in CELLS.items() if 15 <= x + dx <= 49 and 15 <= y + dy <= 49]
-          for name, (_, _, (dx, dy, _)) in MOTIONS.items()}  # cells from which there is room
-EDITS = (("recolor", "replace", "add", "background", "remove", "move", "resize"),  # told
+          for name, (_, _, (dx, dy, _)) in MOTIONS.items()}  # cells to begin in, so that there is room
+EDITS = (("recolor", "replace", "add", "background", "remove", "move", "resize"),  # described by the text
          ("recolor", "replace", "add", "background", "compose"))  # shown by another image
-STILL_EDITS = ("move", "resize", "compose")  # of images only
-STYLES = ("item", "item", "sentence", "sentence", "first item")  # rules of language.py for objects in a list
-HELD_OUT_LAYOUTS = {frozenset(pair) for pair in [  # pairs of cells that training does not see
+STILL_EDITS = ("move", "resize", "compose")  # only of images
+STYLES = ("item", "item", "sentence", "sentence", "first item")  # rules of language.py that list objects
+HELD_OUT_LAYOUTS = {frozenset(pair) for pair in [  # pairs of cells that training never fills
     ("top left", "right"), ("top right", "bottom"), ("bottom right", "left"), ("bottom left", "top")]}
 # fmt: on
 Object = namedtuple("Object", "shape color size cell motion jitter")  # size, cell, jitter: in the first frame
-Scene = namedtuple("Scene", "background objects")  # of a clip, or of an image, which shows its first frame
-# kind: of edit or request; images, video, target: Scenes; told: what short_prompt states of the target, with
-# None for what it leaves free; relation: of the first object to the second one, if it states that
+Scene = namedtuple("Scene", "background objects")  # of a clip, or of an image, which is its first frame
+# kind: of edit or request; images, video, target: Scenes; told: what short_prompt states of the target, a
+# Scene with None for what is free; relation: of the first object to the second, if short_prompt states it
 Sample = namedtuple("Sample", "kind prompt short_prompt images video target told relation", defaults=[""])
 
 
 def trace(item, time):
-    """Centre and radius (x, y, r) of an object."""
+    """Centre and radius (x, y, r) of an object at a time from 0 to 1."""
     (x, y), (dx, dy, dr) = CELLS[item.cell], MOTIONS[item.motion].change
     return x + item.jitter[0] + time * dx, y + item.jitter[1] + time * dy, SIZES[item.size] + time * dr
 
 
 def reading_order(item):
+    """A key to sort objects by: row by row, from left to right."""
     return [*CELLS].index(item.cell)
 
 
 def describe(scene, clip, ordered=False):
-    """A scene in words, always the same ones: what the VLM answers. Objects come in reading order, or in the
-    scene's own if they are `ordered` by a text."""
+    """The caption of a scene, always in the same words: what the VLM answers. Objects come in reading order,
+    or, if `ordered`, in the scene's own, which is that of a text."""
     objects = scene.objects if ordered else sorted(scene.objects, key=reading_order)
     sentences = [f"{'A video' if clip else 'An image'} on a {scene.background} background."]
     for item in objects:
@@ -93,12 +94,12 @@ def describe(scene, clip, ordered=False):
 
 
 def is_clear(objects):
-    """True if no two objects come near each other."""
+    """True if no two objects ever come near each other."""
     for a, b in combinations(objects, 2):
         times = (0,) if a.motion == b.motion == "standing still" else (0, 0.25, 0.5, 0.75, 1)
         for time in times:
             (x, y, r), (u, v, q) = trace(a, time), trace(b, time)
-            # The gap is between their boxes, or between circles that hold even a square.
+            # The gap is between their bounding boxes, or between circles large enough to hold a square.
             if max(abs(x - u), abs(y - v)) < r + q + GAP and math.hypot(x - u, y - v) < 1.28 * (r + q) + GAP:
                 return False
     return True
@@ -110,7 +111,7 @@ def distances(x, y, u, v):
 
 
 def relations(first, second):
-    """Where the first object is, seen from the second."""
+    """Where the first object clearly is, seen from the second: a list of names, in the first frame."""
     apart = distances(*trace(first, 0)[:2], *trace(second, 0)[:2])
     return [words for words, distance in apart.items() if distance > 8]
 
@@ -119,19 +120,19 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def placed(item, cell):
-    """The object in a cell: in its middle, or where it is if it is there."""
+    """The object moved to the middle of a cell, or as it is if it is in that cell already."""
     return item if item.cell == cell else item._replace(cell=cell, jitter=(0, 0))
 
 
 def join(parts, mark):
-    """A list in words, with a mark before the last part."""
+    """Parts as one text, with a mark, such as "and" or ".", before the last one."""
     between = ". " if mark == "." else ", "
     text = between.join(parts[:-1]) + f" {mark} {parts[-1]}" if parts[1:] else parts[0]
     return Words(text.replace(" .", ".").replace(" ,", ","))
 
 
 def facts(item):
-    """What a phrase can say of an object, by the names of language.py."""
+    """What a phrase can say about an object, under the names that language.py uses."""
     motion = MOTIONS[item.motion]
     return {
         "size": item.size, "color": item.color, "shape": item.shape, "cell": item.cell, "motion": item.motion,
@@ -153,22 +154,24 @@ class SampleMaker(Speaker):
     reference images and whether the target is a clip, and returns a Sample."""
 
     def object(self, motion="standing still"):
+        """Any object that has room for its motion."""
         size = GROWTH.get(motion) or self.choice([*SIZES])
         jitter = (self.uniform(-JITTER, JITTER), self.uniform(-JITTER, JITTER))
         cell = self.choice(STARTS[motion])
         return Object(self.choice([*SHAPES]), self.choice([*COLORS]), size, cell, motion, jitter)
 
     def is_fine(self, objects):
-        """Do objects keep apart, in a layout that may be drawn?"""
+        """Do the objects keep apart, in a layout that is not held out?"""
         pairs = () if self.all_phrases else combinations([item.cell for item in objects], 2)
         return is_clear(objects) and HELD_OUT_LAYOUTS.isdisjoint(map(frozenset, pairs))
 
     def scene(self, count, clip=False, alike=1):
-        """Objects that keep apart, no two of the same shape and colour. The first ones are `alike`."""
+        """A Scene of `count` objects that keep apart. The first `alike` of them differ only in where they
+        are; any two others differ in shape or colour."""
         motions, objects, tries = [*MOTIONS] if clip else ["standing still"], [], 0
         while len(objects) < count:
             tries += 1
-            if tries % 12 == 0:  # there may be no room left
+            if tries % 12 == 0:  # start again: there may be no room left
                 objects = []
             if objects and len(objects) < alike:
                 item = self.object(objects[0].motion)
@@ -191,7 +194,7 @@ class SampleMaker(Speaker):
         scene = self.scene(count, clip, alike=count if kind == "counting" else 1)
         if kind == "counting" and count == 3 and self.random() < 0.3:
             kind, scene = "mixed", self.scene(count, clip, alike=2)
-            if self.random() < 0.5:
+            if self.random() < 0.5:  # the odd one comes first
                 scene = scene._replace(objects=scene.objects[2:] + scene.objects[:2])
         text, told, relation = self.phrase(scene, clip, kind)
         long = describe(scene, clip, ordered=True)
@@ -200,8 +203,8 @@ class SampleMaker(Speaker):
         return Sample(kind, long, self.mumble(text), [], None, scene, told, relation)
 
     def phrase(self, scene, clip, kind=""):
-        """A request for a scene as people type it, what it states, and the relation that it states."""
-        quiet, relation = clip and self.random() < 0.06, ""  # quiet: the motions are free
+        """A request for a scene as people type it -> text, the Scene and the relation that it states."""
+        quiet, relation = clip and self.random() < 0.06, ""  # quiet: says nothing of motions
         style = self.choice(["item", "sentence"] if kind else STYLES)
         style = "item" if quiet else style
         if kind == "position":
@@ -222,7 +225,8 @@ class SampleMaker(Speaker):
         return text + self.choice(["", "."]), Scene(ground, told), relation
 
     def list_objects(self, objects, moving, style):
-        """Objects as items of a list or as sentences, those that look alike counted, and what these state."""
+        """Objects as items of a list or as sentences -> the text, and what it states of each. Neighbours that
+        look alike are counted: "two red circles"."""
         rule, phrases, told = style, [], []
         if moving:
             rule = style.replace("item", "moving item").replace("sentence", "moving sentence")
@@ -240,7 +244,7 @@ class SampleMaker(Speaker):
         return join(phrases, self.say(f"and {rule}")[0]), told
 
     def animate(self, images, clip):
-        """Image 1 is the first frame -> video. What the text does not name stands still."""
+        """Image 1 as the first frame -> video. What the text does not name stands still."""
         moving = []
         while not moving:
             scene = self.scene(self.randint(1, 2), clip=True)
@@ -255,7 +259,7 @@ class SampleMaker(Speaker):
         return Sample("", describe(scene, clip), self.mumble(text), [scene], None, scene, scene)
 
     def refer(self, item, scene, clip=True):
-        """A name for an object that is seen in a scene: one that fits no other."""
+        """Words for an object of a scene that fit no other object of it."""
         others = [other for other in scene.objects if other is not item]
         names = ["by name"]
         if not others:
@@ -266,13 +270,13 @@ class SampleMaker(Speaker):
             names.append("by color")
         if others and all(other.size != item.size for other in others):
             names.append("by size")
-        if not clip:
+        if not clip:  # in clips, objects leave their places
             names.append("by place")
         return self.say(self.choice(names), **facts(item))[0]
 
     def edit(self, images, clip):
-        """The video or the last image, changed as told or as another image shows. What the text leaves out
-        stays; of an object that is added it is free."""
+        """The video or the last image, changed as the text describes or as another image shows. What the text
+        leaves out stays as it is; of an added object, it is free."""
         donors = images if clip else images - 1
         kind = self.choice([kind for kind in EDITS[donors > 0] if not clip or kind not in STILL_EDITS])
         most = (2 if clip else 3) - (kind == "add")
@@ -285,14 +289,15 @@ class SampleMaker(Speaker):
                 return sample
 
     def change(self, kind, scene, shown, by_donor, clip):
-        """The Sample of an edit of a scene by what is shown, or is told with the same facts. None where it
-        would change nothing, or tear something."""
+        """A Sample that edits a scene, or None if the edit would change nothing, be ambiguous, or lead to a
+        target that may not be drawn. What is new comes from one of the Scenes `shown`: `by_donor`, the text
+        points at that image, else it says it in words."""
         number = self.randrange(len(shown))
         (ground, [new]), (here, objects) = shown[number], scene
         it = self.choice(objects)
         both = len(objects) == 2 and kind in ("recolor", "remove", "resize") and self.random() < 0.2
         name = ""
-        if kind not in ("add", "background", "compose"):  # whose texts name no object of the scene
+        if kind not in ("add", "background", "compose"):  # their texts name no object of the scene
             name = self.say("each")[0] if both else self.refer(it, scene, clip)
         changed = objects if both else [it]
         others = [item for item in objects if item not in changed]
@@ -340,8 +345,8 @@ class SampleMaker(Speaker):
         return Sample(kind, describe(target, clip), self.mumble(text), images, video, target, told)
 
     def cast(self, images, clip):
-        """Images of one object each -> video of one or two of these objects. They begin where the text says,
-        or as their image shows them."""
+        """Images of one object each -> video of one or two of these objects, which begin where the text says,
+        or else where their images show them."""
         order = self.sample(range(images), images)
         while True:
             self.held_out = False
@@ -382,7 +387,7 @@ class SampleMaker(Speaker):
         return Sample("", describe(scene, clip), self.mumble(text), [scene], video, scene, scene)
 
     def look(self, images, clip):
-        """One of the images, or the video, to put into words."""
+        """One of the images, or the video, to be described."""
         shown = [self.scene(self.randint(0, 2 if clip else 3), clip) for _ in range(images or 1)]
         number = self.randrange(len(shown))
         text, _ = self.say("watch" if clip else "look", k=str(number + 1))
@@ -391,7 +396,7 @@ class SampleMaker(Speaker):
         return Sample("", text, text, shown, video, target, target)
 
     def copy(self, images, clip):
-        """One of the images again."""
+        """One of the images, to be made again."""
         shown = [self.scene(self.randint(1, 3)) for _ in range(images)]
         number = self.randrange(images)
         text, _ = self.say("copy", k=str(number + 1))
@@ -399,8 +404,8 @@ class SampleMaker(Speaker):
 
 
 def make_sample(seed, task, images, phrasing="known"):
-    """A task's Sample with `images` reference images: the same for the same seed. Training draws "known"
-    phrasings; each text of "unknown" ones has a phrase that training never draws."""
+    """A task's Sample with `images` reference images; the same seed gives the same one. Training draws
+    "known" phrasings; every text of an "unknown" phrasing has a phrase that training never draws."""
     maker = SampleMaker(seed, phrasing)
     while True:
         sample = getattr(maker, METHODS[task])(images, TASKS[task].clip)
@@ -409,8 +414,8 @@ def make_sample(seed, task, images, phrasing="known"):
 
 
 class ToyWorld(Source):
-    """A source of samples that needs no files and has no end. Given a Vino, it draws from `encode_once`
-    samples of each layout instead, of which each process has its own, and keeps their encodings."""
+    """A source of samples that needs no files and has no end. Given a Vino, it draws from only `encode_once`
+    samples of each layout, if the stage sets that, and keeps their encodings; each process has its own."""
 
     def __init__(self, stage, config, seed, vino=None):
         super().__init__(stage, config, seed)
@@ -418,9 +423,9 @@ class ToyWorld(Source):
         self.encoded = {}
 
     def draw(self, task, position, index):
-        """Sample `index` of a task, as scenes, or its layout and its number among the encoded ones. How many
-        images it has depends only on `position`, where the step begins: all samples of a step have one
-        layout."""
+        """Sample `index` of a task: a Sample, or (number of images, number among the encoded samples). How
+        many images it has depends only on `position`, where the step begins, so that all samples of a step
+        have one layout."""
         images = self.images(task, position)
         if index >= 0 and self.count:
             return images, crc32(f"{self.seed} {index}".encode()) % self.count  # quick, and looks random
@@ -428,13 +433,13 @@ class ToyWorld(Source):
 
     @lru_cache(maxsize=32)
     def images(self, task, position):
-        """How many images all samples of a step have."""
+        """How many images each sample of a step has."""
         most = self.images_that_fit(TASKS[task].video)
         fitting = [number for number in TASKS[task].images if number <= most]
         return chance(self.seed, task, "images", position).choice(fitting)
 
     def collate(self, task, samples, device):
-        """What `draw` gives -> Batch."""
+        """A list of what `draw` returns -> Batch."""
         if isinstance(samples[0], Sample):
             return self.render(task, samples, device)
         layout = task, samples[0][0]
@@ -451,9 +456,10 @@ class ToyWorld(Source):
 
     @torch.no_grad()
     def encode(self, task, images, device):
-        """One Batch of a layout's encoded samples."""
+        """All samples of a layout, encoded, as one Batch."""
         prompts, short_prompts, latents, references = [], [], [], []
-        size = min(self.stage.batch, self.count)  # of each batch: a new size would cost cuDNN some planning
+        # One size for all batches: each new one would cost cuDNN some planning.
+        size = min(self.stage.batch, self.count)
         firsts = range(0, self.count, size)
         for first in tqdm(firsts, f"encoding {task}", leave=False, disable=train.RANK > 0):
             seeds = [f"{self.seed} {task} {train.RANK} {first + k}" for k in range(size)]
@@ -484,8 +490,8 @@ class ToyWorld(Source):
 
 
 def render(scenes, frames, size, device):
-    """B scenes -> [B, 3, T, H, W] in [-1, 1]. Objects do not overlap, so each adds its own difference."""
-    # The copies do not block: that would wait for all the work that the device still has to do.
+    """B scenes -> pixels [B, 3, T, H, W] in [-1, 1]. Objects do not overlap, so what each changes adds up."""
+    # The copies do not block: else they would wait for all the work that the device still has to do.
     ground = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32)
     ground = ground.to(device, non_blocking=True)[..., None, None, None]  # [B, 3, 1, 1, 1]
     canvas = ground.repeat(1, 1, frames, size, size)
@@ -507,7 +513,7 @@ def render(scenes, frames, size, device):
 
 
 def reference_of(pixels, config):
-    """Pixels [B, 3, T, H, W] that are on the device already -> Reference: a video, or with T = 1 an image."""
+    """Pixels [B, 3, T, H, W], already on the device -> Reference: a video, or with T = 1 an image."""
     seen, rules = pixels, config.image_resize
     if pixels.shape[2] > 1:
         seen, rules = pixels[:, :, spread_frames(pixels.shape[2], config.video_frames)], config.video_resize
