@@ -336,7 +336,7 @@ def table(results):
         rows = [*dict.fromkeys(row for row, _ in values)]
         mean = SUITES[suite].mean
         if mean:
-            values |= {(mean, name): sum((values[row, name] for row in rows), []) for name in columns}
+            values = values | {(mean, name): sum((values[row, name] for row in rows), []) for name in columns}
             rows.append(mean)
         lines += ["", f"| {' | '.join([suite, 'samples', *columns])} |"]
         lines += [f"| --- | {' | '.join(['---:'] * (1 + len(columns)))} |"]
@@ -451,9 +451,8 @@ def parse_arguments(arguments):
 
 def benchmark(args):
     """Run the suites, print their tables, and write these and a picture."""
-    folder = Path(args.out)
+    model, folder = Vino.load(args.weights, device=args.device), Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    model = Vino.load(args.weights, device=args.device)
     world = ToyWorld(make_stage("3", model.config, {}), model.config, args.seed)
     settings = {"steps": args.steps, "cfg_text": args.cfg_text, "cfg_image": args.cfg_image}
     if args.rewrite is not None:
