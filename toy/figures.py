@@ -24,6 +24,7 @@ from vino import InputError, Vino
 
 
 def thing(shape, color, size, cell, motion="standing still"):
+    """An object in the middle of its cell."""
     return Object(shape, color, size, cell, motion, jitter=(0, 0))
 
 
@@ -40,6 +41,7 @@ EXAMPLES = [
 
 
 def examples(folder):
+    """Write EXAMPLES to a folder."""
     folder.mkdir(exist_ok=True)
     for name, size, scene in EXAMPLES:
         pixels = render([scene], 9 if name.endswith("mp4") else 1, size, torch.device("cpu"))
@@ -47,11 +49,11 @@ def examples(folder):
 
 
 def gallery(columns, path, tasks=(), device="cpu"):
-    """A picture at `path`: for a held-out sample of each task its references and its target, and what models
-    make of it. A .gif moves, and shows no targets.
+    """Write a picture to `path`: one held-out sample of each task, with its references and its target, and
+    what each model makes of it. A .gif moves, and shows no targets.
 
-    Args: columns, {heading: (weights, settings of Vino.generate)}; tasks, by default stage 3's. One that is
-    named twice gets two samples."""
+    Args: columns, {heading: (weights, settings of Vino.generate)}; tasks, by default stage 3's. A task that
+    is named twice gets two samples."""
     models = {name: (Vino.load(weights, device=device), more) for name, (weights, more) in columns.items()}
     config = next(iter(models.values()))[0].config
     stage, rows = make_stage("3", config, {}), []
@@ -84,7 +86,7 @@ def moment(pixels, time):
 
 
 def chart(curves, name, width=900, height=400):
-    """A picture of one number of {label: records}: running means over a fiftieth of each, on a log scale."""
+    """Draw one number of {label: records} on a log scale, as running means over a fiftieth of each run."""
     lines = {}
     for label, records in curves.items():
         window = math.ceil(len(records) / 50)
@@ -115,8 +117,8 @@ def chart(curves, name, width=900, height=400):
 
 
 def compare(folders, path):
-    """Loss and gradient norm of runs {label: folder} as a picture at `path` (figure 8), and as a table of the
-    last half of their steps: means for each task, and the variance of the gradient's norm."""
+    """Draw loss and gradient norm of runs {label: folder} to `path` (figure 8) -> Markdown table of the last
+    half of their steps: means for each task, and the variance of the gradient norm."""
     runs = {}
     for label, folder in folders.items():
         runs[label] = [record for record in read_metrics(Path(folder)) if record.get("loss") is not None]
@@ -139,7 +141,7 @@ def parse_arguments(arguments):
     )
     parser.add_argument("what", nargs="?", choices=["all", "examples", "curves", "gallery"], default="all")
     parser.add_argument("runs", nargs="*", metavar="NAME=PATH", help="folders of runs, or weights")
-    parser.add_argument("--tasks", nargs="+", default=(), help="of a gallery; by default stage 3's")
+    parser.add_argument("--tasks", nargs="+", default=(), help="rows of a gallery; by default stage 3's")
     parser.add_argument("--out", default="figure.png")
     return parser.parse_args(arguments)
 
