@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from vino import SPECIAL_TOKENS, SYSTEM_PROMPT, Config
 
-LITTLE = {*"a an the is are there that with at in on".split()}  # words that people may leave out
+LITTLE = {*"a an the is are there with at in on".split()}  # words that people may leave out
 UNKNOWN = "[UNK]"  # the token for every word that the tokenizer does not know
 
 RULES = """

@@ -210,9 +210,11 @@ class SampleMaker(Speaker):
         if kind == "position":
             relation = self.choice(relations(*scene.objects))
             (first, stated), (second, more) = (self.say("thing", **facts(item)) for item in scene.objects)
-            text, _ = self.say(f"relation {style}", first=first, second=second, how=relation)
+            marks = {"first": Words("{0}"), "second": Words("{1}")}  # the phrases may be alike
+            order, _ = self.say(f"relation {style}", how=relation, **marks)
+            text = Words(order.format(first, second))
             told = [told_of(*pair) for pair in zip(scene.objects, (stated, more))]
-            if text.index(second) < text.index(first):  # objects come in the order of the text
+            if order.index("{1}") < order.index("{0}"):  # objects come in the order of the text
                 relation = OPPOSITE[relation]
                 scene.objects.reverse()
                 told.reverse()
