@@ -15,7 +15,7 @@ TRIAL=1 run trial $G 200 ${TT:-50} 0 train --stage=3 --shard=ddp --weights=$W/ba
 fi
 if [ ! -f $W/stage0-mmdit/final.safetensors ]; then
 TM=$(( SL - $(now) - 15 )); [ $TM -gt 20 ] || TM=20
-SAVE=2000 run mmdit $G $((TM+90)) $TM 0.33 pretrain --part=mmdit --weights=$W/base1.safetensors --out=$W/stage0 --batch=$B $X
+SAVE=2000 run mmdit $G $((TM+90)) $TM 0.33 pretrain --part=mmdit --weights=$W/base1.safetensors --out=$W/stage0 --batch=$B $X $C
 fi
 wait $P
 $PY $HERE/assemble.py $R $W/stage0-vlm/final.safetensors $W/stage0-mmdit/final.safetensors $W/base.safetensors > $OUT/assemble.txt 2>&1; echo "== assemble rc $? at $(now) s"; cat $OUT/assemble.txt
