@@ -1028,6 +1028,8 @@ def test_a_resumed_run_names_another_step_size_and_a_finished_one_is_not_overwri
     run(small_config, out, data, "--steps=1", "--batch=3", SILENT)
     start(small_config, out, data, "--steps=2", "--resume", SILENT)  # with the config's batch
     assert "continuing with samples per step 2; it was 3" in capsys.readouterr().err
+    start(small_config, tmp_path / "none", data, "--resume", SILENT)
+    assert "none has no checkpoint to resume from: the run starts anew" in capsys.readouterr().err
     shutil.rmtree(out / "checkpoints")
     content = {path: path.read_bytes() for path in out.iterdir()}
     for more in ([], ["--resume"]):
@@ -1474,6 +1476,8 @@ def test_a_damaged_clip_is_one_line_and_nobodys_result(media):
 BAD = {
     "": "one of the arguments --prompt --tasks is required",
     "--tasks a.json --rewrite-only --out a.txt": "--rewrite-only goes with",
+    "--tasks a.json": "--tasks needs --out",
+    "--tasks a.json --out a --num 2": "--tasks excludes",
     "--prompt ''": "prompt is empty",
     "--prompt a\udcff": "the prompt is not valid UTF-8",
     "--prompt x --negative-prompt a\udcff": "the prompt is not valid UTF-8",

@@ -901,6 +901,8 @@ def find_checkpoint(out, resume):
     if not found:
         if (out / "final.safetensors").exists():
             raise InputError(f"{out} holds a finished run without its checkpoints; choose another --out")
+        if resume:
+            say(f"{out} has no checkpoint to resume from: the run starts anew")
         return None, {}
     if not resume:
         raise InputError(f"{out} holds a run: continue it with --resume, or choose another --out")

@@ -361,3 +361,18 @@ def test_an_unknown_suite_is_one_line():
         benchmark.parse_arguments(["imgedit"])
     with pytest.raises(InputError):
         Vino.load("missing.safetensors")
+
+
+@pytest.mark.parametrize(
+    "call, problem",
+    [
+        ("gallery a=b.safetensors --tasks t2q", "unknown task 't2q'"),
+        ("gallery", "gallery needs NAME=PATH"),
+        ("curves runs/stage3", "curves needs NAME=PATH"),
+        ("gallery a=b.safetensors --out note.txt", "note.txt should end in .png or .gif"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_one_line(call, problem, capsys):
+    assert figures.main(call.split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert problem in line
