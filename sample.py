@@ -145,8 +145,10 @@ def build_parser():
 def check_arguments(args):
     """Refuse arguments that exclude each other, and round sizes down to legal ones, in place."""
     single = args.image or args.video or args.base or args.explain or args.num > 1
-    if args.prompt is None and (single or not args.out):
-        raise InputError("--tasks needs --out and excludes --image, --video, --base, --num and --explain")
+    if args.prompt is None and not args.out:
+        raise InputError("--tasks needs --out, a folder for what it makes")
+    if args.prompt is None and single:
+        raise InputError("--tasks excludes --image, --video, --base, --num and --explain")
     if args.rewrite_only and (args.prompt is not None or not args.out.endswith(".json")):
         raise InputError("--rewrite-only goes with --tasks FILE.json and --out FILE.json")
     if (args.height is None) != (args.width is None):

@@ -80,7 +80,7 @@ def one_line(error):
 class Task:
     """What goes in and what comes out."""
 
-    images: tuple  # possible numbers of reference images
+    images: tuple  # numbers of reference images; a manifest may have more where there can be several
     video: bool = False  # is there a reference video?
     clip: bool = False  # is the target a clip?
     framed: bool = False  # does the target lie on the last image, pixel for pixel?
@@ -130,10 +130,11 @@ class Stage:
     drop: float = 0.1  # probability of dropping text, images, video, each independently (appendix B)
     batch: int = 1  # samples per process: "a local batch size of 1" (3.1)
     checkpointing: bool = True  # of the MMDiT's blocks (3.1)
-    # The paper has what follows, too, but no numbers: these are ours.
+    # The paper has these without numbers.
     short: float = 0.5  # share of prompts in their short form (2.3)
-    sync_drop_images: int = 2  # with more images than this all processes drop alike (appendix B)
+    sync_drop_images: int = 2  # in tasks of more images than this all processes drop alike (appendix B)
     latent_frames: int = 30  # how many fit with a local batch of 1, references included (3.1)
+    # The paper has no such things.
     warmup: int = 0  # steps in which the learning rate rises from 0
     cooldown: int = 0  # steps at the end in which it falls to 0
     encode_once: int = 0  # toy world on a GPU: distinct samples of a layout, encoded once each; 0: no end
@@ -172,7 +173,8 @@ def make_stage(number, config, arguments, stages=STAGES):
     numbers = {name: value for name, value in settings if isinstance(value, (int, float))} | stage.mixture
     for name, value in numbers.items():
         least, most = LEAST.get(name, 0), MOST.get(name, math.inf)
-        if not isinstance(value, (int, float)) or not least <= value <= most:  # nan is not
+        finite = isinstance(value, (int, float)) and math.isfinite(value)
+        if not finite or not least <= value <= most:
             limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
             raise InputError(f"'{name}' should be {limit}")
     return stage
@@ -215,11 +217,11 @@ def chance(*key):
 
 def drop_conditions(batch, stage):
     """Choose long or short prompts, and drop conditions for classifier-free guidance, each on its own
-    (appendix B). Text is chosen for each sample, the images and the video for each process's batch. With many
-    images these share the step's choice, so all processes do equal work."""
-    images = sum(not reference.is_video for reference in batch.references)
-    seed, step, _ = batch.key
-    choice = chance(*((seed, step) if images > stage.sync_drop_images else batch.key), "references")
+    (appendix B). Text is chosen for each sample, the images and the video for each process's batch. In tasks
+    of many images all processes share the step's choice, so that they do equal work."""
+    images = TASKS[batch.task].images if batch.task in TASKS else ()  # stage 0 has tasks of its own
+    key = batch.key[:2] if max(images, default=0) > stage.sync_drop_images else batch.key  # seed, step
+    choice = chance(*key, "references")
     no_images = choice.random() < stage.drop
     no_video = choice.random() < stage.drop
     references = [r for r in batch.references if not (no_video if r.is_video else no_images)]
@@ -316,8 +318,8 @@ class Manifest(Source):
         return chance(self.seed, task, "epoch", epoch).sample(own, len(own))
 
     def draw(self, task, position, index):
-        """A Batch of one. The next sample stands in for one that cannot be read, which is reported once. More
-        than 1% of them end the run."""
+        """A Batch of one. The next sample stands in for one that cannot be read, which is reported once. If a
+        process finds more than 1% of the samples like that, the run ends."""
         if index < 0:
             order, place = self.validation[task], -1 - index
         else:
@@ -476,7 +478,7 @@ def distribute(objective, how, dtype):
     if sharded:
         return objective
     objective.autocast = None if dtype == torch.float32 else dtype
-    return DistributedDataParallel(objective) if WORLD > 1 else objective
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True) if WORLD > 1 else objective
 
 
 def local(tensor):
@@ -499,8 +501,8 @@ def sums(*values):
 
 class Averages:
     """Exponential moving averages of the weights (EMA), each process's share. They are where the weights are
-    and follow every step; or in the host's memory, and follow every EMA_EVERY steps with the same decay: at
-    full size each time moves 26 GB over PCIe and back."""
+    and follow every step; or in the host's memory, and follow every EMA_EVERY steps and the last one with the
+    same decay: at full size on two GPUs each of them moves 26 GB over PCIe and back each time."""
 
     def __init__(self, parameters, decay, on_host):
         self.parameters, self.decay, self.every = parameters, decay, EMA_EVERY if on_host else 1
@@ -511,12 +513,15 @@ class Averages:
             self.tensors[name] = share.cpu().pin_memory() if pinned else share.clone()
 
     @torch.no_grad()
-    def update(self, step):
-        if step % self.every == 0:
-            for name, average in self.tensors.items():
-                parameter = local(self.parameters[name])
-                nearby = average.to(parameter.device, non_blocking=True)  # itself, if it is there already
-                average.copy_(nearby.lerp_(parameter, 1 - self.decay**self.every))
+    def update(self, step, last=False):
+        """Follow the weights after a step, if it is time to."""
+        passed = step % self.every or self.every  # steps since the last time
+        if passed < self.every and not last:
+            return
+        for name, average in self.tensors.items():
+            parameter = local(self.parameters[name])
+            nearby = average.to(parameter.device, non_blocking=True)  # itself, if it is there already
+            average.copy_(nearby.lerp_(parameter, 1 - self.decay**passed))
 
 
 # --- 6. The loop --------------------------------------------------------------------------------------------
@@ -551,12 +556,12 @@ class Run:
 
     def load(self, step):
         """The step's task, and this process's samples for it: a list for each batch. All processes draw the
-        same task, so that they do equal work (appendix B). A sample's number does not depend on how many
-        processes share a step."""
+        same task, so that they do equal work (appendix B). The step's samples are numbered through all
+        processes and their batches: they are the same however many processes share it."""
         size, source = self.stage.batch, self.source
         shares = [self.stage.mixture[task] for task in source.tasks]
         [task] = chance(self.args.seed, step, "task").choices(source.tasks, shares)
-        position = math.ceil(self.drawn[task] / size) * size  # in case its size has changed
+        position = math.ceil(self.drawn[task] / size) * size  # a resumed run may have another batch size
         batches = {}
         for micro in range(self.args.accumulate):
             first = (micro * WORLD + RANK) * size  # of this batch's samples, among the step's
@@ -582,9 +587,11 @@ class Run:
                 file.write(f"{json.dumps(record)}\n")
 
     def on_signal(self, number, frame):
-        """Finish the step, save and stop. A second signal does what it always does."""
+        """Finish the step, save and stop. A second signal ends the process at once, but not under torchrun,
+        which passes on what the terminal or the scheduler sends to all: there each comes twice."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if not dist.is_initialized():
+            signal.signal(number, signal.SIG_DFL)
 
 
 def choose_parameters(objective, prefixes):
@@ -627,7 +634,7 @@ def train(run):
             if finite:
                 run.optimizer.param_groups[0]["lr"] = lr
                 run.optimizer.step()
-                run.averages.update(run.step)
+                run.averages.update(run.step, last=run.step == stage.steps)
             run.optimizer.zero_grad()
 
             seconds = time.perf_counter() - begin
@@ -873,15 +880,15 @@ def prepare(args):
         vino.config.boundary_tokens = vino.mm_encoder.boundary_tokens = False
     stage = make_stage(args.stage, vino.config, vars(args))
     seed = f"{args.seed} {args.stage}"
+    if device.type == "cpu" and args.batch is None:
+        stage.batch = min(stage.batch, 8)  # a step within seconds
     if args.data:
-        args.accumulate *= args.batch or 1  # samples of different sizes, one after the other
+        args.accumulate *= stage.batch  # samples of different sizes, one after the other
         stage.batch = 1
         source = Manifest(args.data, stage, vino.config, seed)
     else:
         from toy.world import ToyWorld  # here: who has data does not need it
 
-        if device.type == "cpu" and args.batch is None:
-            stage.batch = min(stage.batch, 8)  # a step within seconds
         source = ToyWorld(stage, vino.config, seed, vino if device.type == "cuda" else None)
     run = Run(args, out, stage, source, Objective(vino, stage.shift), weights, device, dtype)
     start(run, found, saved)
@@ -894,6 +901,8 @@ def find_checkpoint(out, resume):
     if not found:
         if (out / "final.safetensors").exists():
             raise InputError(f"{out} holds a finished run without its checkpoints; choose another --out")
+        if resume:
+            say(f"{out} has no checkpoint to resume from: the run starts anew")
         return None, {}
     if not resume:
         raise InputError(f"{out} holds a run: continue it with --resume, or choose another --out")
@@ -934,7 +943,7 @@ def main(arguments=None, parse=parse_arguments, work=lambda args: train(prepare(
     args = parse(arguments)
     try:
         return work(args)
-    except (InputError, OSError, SafetensorError) as error:  # the last two: a full disk
+    except (InputError, OSError, SafetensorError) as error:  # the last two: what the disk says
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:

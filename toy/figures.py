@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sample import encode, write
 from toy.benchmark import generate
 from toy.world import Object, Scene, ToyWorld, render
-from train import HERE, TINY, contact_sheet, make_stage, read_metrics, shown
+from train import HERE, TASKS, TINY, check_known, contact_sheet, make_stage, read_metrics, shown
 from vino import InputError, Vino
 
 
@@ -148,8 +148,13 @@ def parse_arguments(arguments):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    named = dict(run.split("=", 1) for run in args.runs)
+    named = dict(run.split("=", 1) for run in args.runs if "=" in run)
     try:
+        check_known("task", args.tasks, TASKS)
+        if Path(args.out).suffix not in (".png", ".gif"):
+            raise InputError(f"--out {args.out} should end in .png or .gif")
+        if args.what in ("curves", "gallery") and not named:
+            raise InputError(f"{args.what} needs NAME=PATH, such as before=assets/tiny.safetensors")
         if args.what == "curves":
             print(compare(named, args.out))
         elif args.what == "examples":

@@ -579,3 +579,18 @@ def test_a_suite_or_a_file_that_does_not_exist_is_one_line(call, tmp_path, capsy
     assert benchmark.main([*call.split(), "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search("imgedit|missing.safetensors", error)
+
+
+@pytest.mark.parametrize(
+    "call, problem",
+    [
+        ("gallery a=b.safetensors --tasks t2q", "unknown task 't2q'"),
+        ("gallery", "gallery needs NAME=PATH"),
+        ("curves runs/stage3", "curves needs NAME=PATH"),
+        ("gallery a=b.safetensors --out note.txt", "note.txt should end in .png or .gif"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_one_line(call, problem, capsys):
+    assert figures.main(call.split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert problem in line
