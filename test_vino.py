@@ -1494,6 +1494,7 @@ BAD = {
     "--prompt x --out a.jpg": "text to image goes to a .png, or a folder",
     "--prompt x --out none/none/a.png": "No such file or directory: 'none/none'",
     "--prompt x --config cut.png": "cut.png is not JSON, or is cut short",
+    "--prompt x --config typo.json": "typo.json: there is no field 'num_querys'",
     "--prompt x --weights hub": "cannot download Qwen/Qwen3-VL-4B-Instruct: no network",
     "--prompt x --device moon": "--device moon: not here",
     "--prompt x --offload": "--offload needs a GPU",
@@ -1505,6 +1506,7 @@ def test_bad_input_is_one_clear_line_and_leaves_files_alone(media, capsys, monke
     offline = Mock(side_effect=vino.LocalEntryNotFoundError("no network"))
     monkeypatch.setattr(vino, "snapshot_download", offline)
     Path("cut.png").write_bytes(Path("wide.png").read_bytes()[:-300])
+    Path("typo.json").write_text(json.dumps({"num_querys": 3}))
     Path("cut.mp4").write_bytes(Path("clip.mp4").read_bytes()[:600])
     assert message in refused(capsys, *(word.strip("'") for word in arguments.split()))
 

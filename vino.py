@@ -926,20 +926,20 @@ class Config:
     training: dict = field(default_factory=dict)  # changes to table 1, by stage: see train.py
 
     @classmethod
-    def from_dict(cls, overrides, base=None):
+    def from_dict(cls, overrides, base=None, source="config"):
         """Apply `overrides` to the defaults, or to `base` in place. An InputError names a field that is
-        unknown or has the wrong type."""
+        unknown or has the wrong type, and the `source`."""
         config = base or cls()
         try:
             override(config, overrides, "")
         except InputError as error:
-            raise InputError(f"config: {error}") from error
+            raise InputError(f"{source}: {error}") from error
         return config
 
     @classmethod
     def from_file(cls, path):
         """Like `from_dict`, from a JSON file."""
-        return cls.from_dict(read_json(path))
+        return cls.from_dict(read_json(path), source=path)
 
 
 class Vino(nn.Module):
@@ -1405,7 +1405,7 @@ def read_tokenizer(folder):
 def override(node, overrides, prefix):
     """Set the fields of the dataclass `node`, in place, to the values of the dictionary `overrides`."""
     if not isinstance(overrides, dict):
-        raise InputError("should be an object in braces")
+        raise InputError(f"{prefix.rstrip('.')} should be an object in braces".strip())
     for name, value in overrides.items():
         if name not in {f.name for f in fields(node)}:
             raise InputError(f"there is no field '{prefix}{name}'")
@@ -1433,7 +1433,7 @@ def read_config(path, weights):
     `.safetensors` of this project, else from the defaults."""
     base = read_metadata(weights, None)[0] if Path(weights).suffix == ".safetensors" else Config()
     training = base.training
-    config = Config.from_dict(read_json(path), base)
+    config = Config.from_dict(read_json(path), base, path)
     for stage, changes in training.items():
         own = config.training.setdefault(stage, {})
         config.training[stage] = changes | own if isinstance(own, dict) else own
