@@ -1,4 +1,4 @@
-import sys; sys.path.insert(0,'/tmp/wt/pilot')
+import sys; sys.path.insert(0,'/tmp/wt/w20')
 import torch, vino
 from toy.world import *
 from toy.benchmark import *

@@ -6,19 +6,22 @@ root, seconds, cooldown, what, *more = sys.argv[1:]
 sys.path.insert(0, root); warnings.filterwarnings("ignore")
 import statistics as st
 from pathlib import Path
-import torch, train
+import torch, train, vino
 if torch.cuda.is_available():
     torch.set_num_threads(1)
 part = [a.split("=")[1] for a in more if a.startswith("--part=")]
 out = Path([a.split("=")[1] for a in more if a.startswith("--out=")][0] + "".join(f"-{p}" for p in part))
 spent = float((out / "spent").read_text()) if "--resume" in more and (out / "spent").exists() else 0.0
-span, cooldown, start = float(seconds), float(cooldown), []
+length, cooldown, start = [float(seconds)], float(cooldown), []
 def by_time(stage, step):
     now = time.perf_counter()
     if not start:
         start.append(now)
+    wanted = out / "span"  # another length of the run, written while it runs
+    if step % 20 == 0 and wanted.exists():
+        length[0] = float(wanted.read_text())
     mine = now - start[0] + spent
-    done = train.sums(mine / span)[0] / train.WORLD
+    done = train.sums(mine / length[0])[0] / train.WORLD
     if train.RANK == 0 and step % 5 == 0:
         (out / "spent").write_text(str(mine))
     if os.environ.get("TRIAL") and train.RANK == 0 and done > 0.6:
@@ -46,7 +49,12 @@ if what == "pretrain":
     from toy import pretrain
     prepare = pretrain.prepare
     def remember(*a):
-        runs.append(prepare(*a)); return runs[-1]
+        runs.append(prepare(*a)); run = runs[-1]
+        if run.args.compile and part == ["vlm"]:
+            model = run.vino.mm_encoder.mm_encoder.model
+            for layer in [*model.language_model.layers, *model.visual.blocks]:
+                layer.forward = vino.compiled(layer.forward)
+        return run
     pretrain.prepare = remember
     status = pretrain.main(more)
 else:

@@ -99,8 +99,6 @@ class Captioning(Objective):
 
     sometimes_used = "mm_encoder.mm_encoder.model.visual"
 
-    sometimes_used = "mm_encoder.mm_encoder.model.visual"
-
     def __init__(self, vino, shift):
         super().__init__(vino, shift)
         for block in vino.mm_encoder.mm_encoder.model.visual.blocks:
