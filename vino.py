@@ -158,10 +158,11 @@ def build_prompts(tokenizer, texts, references, merge, system=SYSTEM_PROMPT):
 
     tokenizer.encode_special_tokens = True  # spelled in a user's text, <|...|> is plain text
     encodings = tokenizer.encode_batch([pending + text for text in texts], add_special_tokens=False)
-    tails = [torch.tensor(encoding.ids + closing) for encoding in encodings]
-    left_padded = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    valid = left_padded([torch.ones_like(tail, dtype=torch.bool) for tail in tails])  # [B, tail]
-    tails = left_padded(tails, padding_value=tokenizer.token_to_id("<|endoftext|>"))
+    tails = [encoding.ids + closing for encoding in encodings]
+    longest, padding = max(map(len, tails)), tokenizer.token_to_id("<|endoftext|>")
+    lengths = torch.tensor([len(tail) for tail in tails])
+    valid = torch.arange(longest) >= longest - lengths[:, None]  # [B, tail]
+    tails = torch.tensor([[padding] * (longest - len(tail)) + tail for tail in tails])
     mask = None if valid.all() else F.pad(valid, (len(ids), 0), value=True)
     tail_positions = 1 + max(positions[-1]) + (valid.cumsum(1) - 1).clamp(min=0)
     ids = torch.tensor(ids).expand(len(texts), -1)
@@ -292,7 +293,8 @@ class MultiModalEncoder(nn.Module):
         vision = self.mm_encoder.model.visual
         batch = len(reference.patches)
         patches = reference.patches.flatten(0, 1).to(self.metaquery.device, vision.dtype)
-        output = vision(patches, torch.tensor([reference.grid] * batch, device=patches.device))
+        t, h, w = reference.grid  # frames do not see each other: for the tower a batch is one long video
+        output = vision(patches, torch.tensor([[batch * t, h, w]], device=patches.device))
         if isinstance(output, tuple):  # transformers 4
             features, deepstack = output
         else:
