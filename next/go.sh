@@ -3,7 +3,7 @@
 export W=${W:-/tmp/runs} HERE=${HERE:-/tmp/go} R=${R:-/tmp/root}; SRC=${SRC:-.bench}
 if [ ! -d $W ]; then
   [ -f $SRC/first ] || { echo LOST; exit 0; }
-  mkdir -p $W; cp -r $SRC/go $HERE; cp -r $SRC/root $R; cp -r $SRC/old $(dirname $HERE)/old; cp $SRC/base1.safetensors $W/; [ -d $SRC/state ] && cp -r $SRC/state/. $W/
+  mkdir -p $W; cp -r $SRC/go $HERE; cp -r $SRC/root $R; cp $SRC/base2.safetensors $W/; [ -d $SRC/state ] && cp -r $SRC/state/. $W/
   for w in $SRC/whl/*.whl; do ${PY:-python3} -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site $w; done
   [ -f $W/end ] || echo $(( $(date +%s) + ${SPAN:-1590} )) > $W/end
 fi

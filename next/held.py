@@ -1,9 +1,9 @@
-import sys; sys.path.insert(0,'/tmp/wt/pilot')
+import sys; sys.path.insert(0,'/tmp/wt/w20')
 import torch, vino, collections; torch.set_num_threads(1)
 from toy import language
 from toy.world import *
 from toy.benchmark import score_caption
-path, task, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+path, task, n = sys.argv[1], sys.argv[2], int(sys.argv[3]); K=int(sys.argv[4]) if len(sys.argv)>4 else 0; PH=sys.argv[5] if len(sys.argv)>5 else "unknown"
 m=vino.Vino.load(path); vlm=m.mm_encoder
 used=[]
 orig=language.Speaker.expand
@@ -28,20 +28,26 @@ def expand(self, phrase, facts, words, stated):
         else: words.append(part)
 language.Speaker.expand=expand
 def make(seed,k):
-    maker=SampleMaker(seed,"unknown")
+    maker=SampleMaker(seed,PH)
     while True:
         maker.log=[]; maker.held_out=False
         s=getattr(maker,METHODS[task])(k,TASKS[task].clip)
-        if maker.held_out: return s,maker.log
+        if maker.held_out or PH=="known": return s,maker.log
 stat=collections.defaultdict(lambda:[0,0]); bad=0
-pairs=[make(f"h {i}",0) for i in range(n)]
+pairs=[make(f"h {i}",K) for i in range(n)]
 ss=[p[0] for p in pairs]
+from train import make_stage
+world=ToyWorld(make_stage("3",m.config,{}),m.config,"x")
 target=torch.zeros(3,9 if TASKS[task].clip else 1,1,1)
 ans=[]
-for a in range(0,n,100): ans+=vlm.answer([s.short_prompt for s in ss[a:a+100]],[],m.config.sampling.rewrite_system)
+for a in range(0,n,100):
+    b=world.collate(task,ss[a:a+100],"cpu"); refs=[m.encode(r) for r in b.references]
+    ans+=vlm.answer(b.short_prompts,refs,m.config.sampling.rewrite_system)
+kinds=collections.defaultdict(lambda:[0,0]); shown=0
 for (s,log),a in zip(pairs,ans):
     ok=all(score_caption("r, unknown",s,a,target,None).values())
-    bad+=not ok
+    bad+=not ok; kinds[s.kind][0]+=not ok; kinds[s.kind][1]+=1
+    if not ok and shown<int(sys.argv[6] if len(sys.argv)>6 else 0): shown+=1; print(s.kind,"|",s.short_prompt,"|=>",a,"| TOLD",s.prompt if K or task=="tv2v" else "")
     for l in set(log): stat[l][0]+=not ok; stat[l][1]+=1
-print(task,"bad",bad,"/",n)
+print(task,PH,"bad",bad,"/",n,dict(kinds))
 for l,(b,c) in sorted(stat.items(), key=lambda x:-x[1][0])[:28]: print(f"{b:3d}/{c:3d}  {l}")

@@ -7,17 +7,16 @@ def put(name, tensors, meta=None):
     save_file({k: v.half() if v.dtype.is_floating_point and not k.endswith(("exp_avg", "exp_avg_sq")) else v.bfloat16() for k, v in tensors.items()}, f"{out}/{name}.safetensors", meta)
     print(name, len(tensors))
 mine = lambda t: {k: v for k, v in t.items() if not k.startswith(("vae.", "mm_encoder.mm_encoder."))}
-done = {n: os.path.exists(f"{W}/{n}/final.safetensors") for n in ("stage0-vlm", "stage0c-vlm", "stage0-mmdit", "stage2", "stage3")}
+done = {n: os.path.exists(f"{W}/{n}/final.safetensors") for n in ("stage0-vlm", "stage2", "stage3")}
 def sent(n):
     """Twice is enough."""
     with open(f"{W}/sent-{n}", "a+") as f:
         f.write("x"); f.seek(0); return len(f.read()) > 2
-for n, cut in (("stage0-mmdit", mine), ("stage2", mine), ("stage3", mine), *((n, lambda t: {k: v for k, v in t.items() if k.startswith("mm_encoder.mm_encoder.")}) for n in ("stage0-vlm", "stage0c-vlm"))):
+for n, cut in (("stage2", mine), ("stage3", mine), ("stage0-vlm", lambda t: {k: v for k, v in t.items() if k.startswith("mm_encoder.mm_encoder.")})):
     if done[n] and not sent(n):
         with safe_open(f"{W}/{n}/final.safetensors", "pt") as f: meta = f.metadata()
         put(n, cut(load_file(f"{W}/{n}/final.safetensors")), meta)
-compiled = glob.glob(W + "/stage0c-vlm/checkpoints/step_????????")
-for n in ("stage0c-vlm" if compiled else "stage0-vlm", "stage3"):
+for n in ("stage0-vlm", "stage3"):
     if not done[n]:
         for d in sorted(glob.glob(f"{W}/{n}/checkpoints/step_????????"))[-1:]:
             t = load_file(d + "/0.safetensors"); keys = sorted(t)

@@ -6,7 +6,7 @@ root, seconds, cooldown, what, *more = sys.argv[1:]
 sys.path.insert(0, root); warnings.filterwarnings("ignore")
 import statistics as st
 from pathlib import Path
-import torch, train, vino
+import torch, train
 if torch.cuda.is_available():
     torch.set_num_threads(1)
 part = [a.split("=")[1] for a in more if a.startswith("--part=")]
@@ -24,47 +24,18 @@ def by_time(stage, step):
     done = train.sums(mine / length[0])[0] / train.WORLD
     if train.RANK == 0 and step % 5 == 0:
         (out / "spent").write_text(str(mine))
-    if os.environ.get("TRIAL") and train.RANK == 0 and done > 0.6:
-        look(step)
     if done >= 1:
         stage.steps = step
     return stage.lr * max(0, min(1, step / max(1, stage.warmup), (1 - done) / max(1e-6, cooldown)))
 train.learning_rate = by_time
-seen = []
-def look(step):
-    """Twelve steps under Python's profiler."""
-    import cProfile, io, pstats
-    if not seen:
-        seen.append((step, cProfile.Profile()))
-    first, cpu = seen[0]
-    if step == first: cpu.enable()
-    if step == first + 12:
-        cpu.disable(); text = io.StringIO()
-        pstats.Stats(cpu, stream=text).sort_stats("tottime").print_stats(28)
-        with open(os.environ["OUT"] + "/trial.txt", "a") as f: f.write("\n".join(l[:120] for l in text.getvalue().splitlines()[6:]))
 begin = time.time()
 more = [*more, "--steps=1000000", "--save-every=" + os.environ.get("SAVE", "1000000"), "--validate-every=0"]
-runs = []
 if what == "pretrain":
     from toy import pretrain
-    prepare = pretrain.prepare
-    def remember(*a):
-        runs.append(prepare(*a)); run = runs[-1]
-        if run.args.compile and part == ["vlm"]:
-            model = run.vino.mm_encoder.mm_encoder.model
-            for layer in [*model.language_model.layers, *model.visual.blocks]:
-                layer.forward = vino.compiled(layer.forward)
-        return run
-    pretrain.prepare = remember
     status = pretrain.main(more)
 else:
     status = train.main(more)
 if train.RANK == 0:
-    prefix = {"vae": "vae.", "vlm": "mm_encoder.mm_encoder."}.get(part[0] if part else "")
-    if prefix and os.environ.get("LABEL"):
-        from safetensors.torch import save_file
-        tensors = {k: (v.detach().float() if prefix == "vae." else v.detach().half()).cpu().contiguous() for k, v in runs[0].vino.saved_tensors().items() if k.startswith(prefix)}
-        save_file(tensors, os.environ["OUT"] + f"/{os.environ['LABEL']}.safetensors", {"scale": str(runs[0].vino.config.vae.scaling_factor)})
     rows = [r for r in train.read_metrics(out) if r.get("loss") is not None]
     n = max(1, len(rows) // int(os.environ.get("ROWS", 8)))
     for a in range(0, len(rows), n):

@@ -70,17 +70,19 @@ standing still = 4*standing still | not moving | staying still
 growing = 4*growing | expanding | getting larger | becoming bigger | !getting bigger
 shrinking = 4*shrinking | getting smaller | becoming smaller
 stands still = 4*stands still | stays still | is standing still | does not move | !is not moving
-    | !stays in place
+    | !stays in place | stays where it is | remains still
 grows = 4*grows | expands | is growing | gets [bigger|larger] | !2*is getting [bigger|larger]
-    | !becomes bigger
+    | !becomes bigger | is becoming [bigger|larger] | starts to grow
 shrinks = 4*shrinks | is shrinking | gets smaller | !is getting smaller | !becomes smaller
-stand still = 4*stand still | stay in place | !not move
+    | is becoming smaller | starts to shrink
+stand still = 4*stand still | stay in place | !not move | stay where they are
 grow = 4*grow | get bigger | become bigger | !become larger
 shrink = 4*shrink | get smaller | !become smaller
 # Objects that are yet to be drawn
 a = 4*a | 3* | 2*the | one
-thing = 5*{a} [2*|{size}] {color} {shape} | !{a} {color} {size} {shape} | !{a} [|{size}] {shape} in {color}
+thing = 6*{a} [2*|{size}] {color} {shape} | !{a} {color} {size} {shape} | !{a} [|{size}] {shape} in {color}
     | {a} [|{size}] {shape} that is {color} | {a} [|{size}] {shape}
+    | {a} [|{size}] {shape} [of|with] [the |][color|colour] {color}
 things = 4*{number} [2*|{size} ]{color} {plural} | {number} [|{size} ]{plural} | {number} {plural} in {color}
     | {number} {color} {size} {plural} | !{number} {plural} that are {color}
 # Requests for pictures and clips: the words around the list of objects
@@ -88,12 +90,13 @@ picture = 3*image | 2*picture | drawing | !photo
 clip = 3*video | 2*clip | !animation | !movie
 please = 4* | please | !could you please
 lead = 6*{please} [draw|show|paint|make|create|generate] | I want [|to see |to have ] | show me
-    | [an|the] image of | draw [a picture|an image] of | I need | I'd like | give me | !a picture of
+    | [an|the] image of | draw [a picture|an image] of | I need | I'd like[| to have] | give me | !a picture of
     | !a photo of | I would like | can you draw | !please make [a picture|an image] of | !an image with
-    | draw me | put
+    | draw me | put | [an|the] image that shows | a picture showing
 clip lead = 8* | {please} [show|make|create|generate] | I want [|to see ] | show me | [a|the] video of
     | I would like to see | [a |]clip of | make [a video|an animation] of | give me | !a movie of
     | I would like | !can you make [|a video of ] | an animation of | !please make a clip of
+    | a {clip} showing
 back = 4*background | backdrop
 the back = 6*the {back} | {back}
 on = 6*on a {ground} {back} | on {ground} | with a {ground} {back} | against a {ground} {back}
@@ -111,7 +114,7 @@ clip request = 6*{clip lead} {list} | 5*{clip lead} {list} {on} | {on} {list}
 clip request in sentences = 6*{list} | 2*{list} {on} | 2*{list}. {ground is} | 2*{ground is}. {list}
     | {on} {list} | a {clip} {on}. {list} | !in the {clip}, {list}
     | !{please} make a {clip}: {list}
-    | a {clip} in which {list} | !a {clip} where {list}
+    | a {clip} in which {list} | !a {clip} where {list} | a {clip} that shows: {list}
 quiet clip request = {quiet lead} {list} | {quiet lead} {list} {on}
 quiet lead = a video of | a movie of | {please} make a clip of | {please} show [a video|an animation] of
     | !create an animation of
@@ -146,6 +149,7 @@ relation item = 4*{first} {how} {second} | {second}, and {how} it {first} | {sec
 relation sentence = 3*{first} is {how} {second} | there is {first} {how} {second}
     | {how} {second} [there is|we see|put|draw] {first} | there is {second}. {first} is {how} it
     | there is {second} and {how} it is {first} | !{how} {second} is {first}
+    | {first} stands {how} {second} | {how} {second} stands {first} | {how} {second} you see {first}
 # Objects that are there to be seen: in the only image, in the video, in one of several images
 only = 4*it | 2*the object | the shape | this | !this one | !this object
 by shape = 3*the {seen shape} | {seen shape} | !that {seen shape}
@@ -154,6 +158,7 @@ by size = the {size} [one|object|!shape]
 by place = the [one|object|{seen shape}|!shape] {cell}
 by name = 4*the {color} {seen shape} | {color} {seen shape} | the {seen shape} that is {color}
     | !the {seen shape} in {color} | !that {color} {seen shape}
+    | the {seen shape} [of|with] [the |][color|colour] {color}
 each = 3*both objects | both shapes | all of them | everything | !2*both | !them both | !both of them | !all
 edit = 6*{text} | {text} {inside} | {inside}, {text} | {text} please
 inside Image = in Image {k}
@@ -263,8 +268,9 @@ for way, toward, course, moving, moves in (
     side = course.split()[-1]
     RULES += f"""
 the {side} = 3*the {side} | the {side} edge | !the {side} side
-moving {way} = 4*moving {way} | 2*moving {toward} | going {way} | moving {course} | {moving} | !going {toward}
-moves {way} = 4*moves {way} | is moving {way} | goes {toward} | {moves} | !moves {toward}
+moving {way} = 4*moving {way} | 2*moving {toward} | going {way} | moving {course} | {moving}
+    | heading {way} | !going {toward}
+moves {way} = 4*moves {way} | is moving {way} | goes {toward} | {moves} | !moves {toward} | heads {way}
     | !is moving {toward}
     | !goes {way} | !moves {course}
 move {way} = 4*move {way} | go {way} | go {toward} | !move {toward}

@@ -36,8 +36,8 @@ PARTS = {
                  mixture={"t2i": 0.3, "t2v": 0.7}),
     "vlm": Stage(lr=1.5e-3, steps=6_000, cooldown=3_900, shift=1.0, batch=256,
                  trainable=["mm_encoder.mm_encoder."], **TOY,
-                 mixture={"look": 0.18, "watch": 0.12, "t2i": 0.12, "t2v": 0.11, "i2v": 0.04, "motion": 0.03}
-                 | {"ti2i": 0.12, "ti2i_ref": 0.08, "ti2v": 0.08, "tv2v": 0.07, "tiv2v": 0.05}),
+                 mixture={"look": 0.07, "watch": 0.05, "t2i": 0.13, "t2v": 0.09, "i2v": 0.04, "motion": 0.03}
+                 | {"ti2i": 0.20, "ti2i_ref": 0.13, "ti2v": 0.10, "tv2v": 0.11, "tiv2v": 0.05}),
     "mmdit": Stage(lr=2e-3, steps=1_000, cooldown=330, shift=3.0, batch=1024, encode_once=8_192,
                    trainable=["native_text.", "transformer."], **TOY | {"drop": 0.1},
                    mixture={"t2i": 0.5, "t2v": 0.5}),

@@ -132,13 +132,13 @@ SYNONYMS = {
 MEANING = {word: name for words, name in SYNONYMS.items() for word in words.split()}
 WORDS = language.toy_tokenizer().get_vocab()
 PATTERNS = [  # kind of fact, what to look for, in this order, and its name if that is another
-    ("motion", r"(stand|stay)\w* (still|(in )?place)|not mov\w+", "standing still"),
+    ("motion", r"(stand|stay|remain)\w* (still|(in )?place|where \w+)|not mov\w+", "standing still"),
     ("motion", r"(grow|expand)\w*|(get|becom)\w* large", "growing"),
     ("motion", r"shrink\w*|(get|becom)\w* small", "shrinking"),
-    ("motion", r"(mov|go|slid)\w* (from \w+ )?(to )?(the )?left", "moving left"),
-    ("motion", r"(mov|go|slid)\w* (from \w+ )?(to )?(the )?right", "moving right"),
-    ("motion", r"(mov|go)\w* (from \w+ to top|up|upwards)|ris\w+", "moving up"),
-    ("motion", r"(mov|go)\w* (from \w+ to bottom|down|downwards)|fall\w+", "moving down"),
+    ("motion", r"(mov|go|slid|head)\w* (from \w+ )?(to )?(the )?left", "moving left"),
+    ("motion", r"(mov|go|slid|head)\w* (from \w+ )?(to )?(the )?right", "moving right"),
+    ("motion", r"(mov|go|head)\w* (from \w+ to top|up|upwards)|ris\w+", "moving up"),
+    ("motion", r"(mov|go|head)\w* (from \w+ to bottom|down|downwards)|fall\w+", "moving down"),
     *[("background", rf"((over|in front of|on) (a )?(background )?(that is )?)?{name}", name)
       for name in world.BACKGROUNDS],
     ("cell", "(top|bottom) (left|right)|center", ""),
@@ -260,7 +260,7 @@ EXAMPLES = [  # what people typed; "!" marks what only a held-out phrase makes
 @pytest.mark.parametrize("text, how, objects", EXAMPLES)
 def test_the_grammar_can_make_what_people_type(text, how, objects):
     maker, scene = world.SampleMaker(0, "unknown"), scene_of(*objects, ground="white")
-    for _ in range(60_000):
+    for _ in range(100_000):
         maker.held_out = False
         if how in ("image", "clip"):
             said, _, _ = maker.phrase(scene, how == "clip", "counting")
@@ -504,7 +504,7 @@ def test_perfect_outputs_get_the_best_score_in_every_benchmark(toy):
     assert [len(values) for values in results.values()] == [8, 8, 18, 6, 13, 12, 18, 6, 9, 4, 4]
     for (row, column), values in itertools.chain(*[suite.items() for suite in results.values()]):
         if column == "overlap":  # rarely just 1: outlines are centred on the pixels that are seen
-            values = [value > 0.95 for value in values]
+            values = [value > 0.9 for value in values]
         best = {"identities swapped": False, "gray levels": 0}.get(column, True)
         best = 60 if column.endswith("dB") else best
         assert len(values) >= 2 and set(values) == {best}, (row, column)
