@@ -12,7 +12,7 @@ The task follows from what you give:
     a video             an edit of it; images guide the edit, or get the video's motion or camera
 
 An edit has the shape of what it edits: --height and --width then set its area only.
-A file that exists is kept, unless the very same command has made it.
+An existing file is kept, unless the very same command made it or --overwrite is given.
 A wrong command gets one line on stderr and exit status 2, before the model is loaded.
 """
 
@@ -106,12 +106,12 @@ def build_parser():
     group = parser.add_argument_group("what to make")
     either, add = group.add_mutually_exclusive_group(required=True).add_argument, group.add_argument
     either("--prompt", metavar="TEXT", help="what to make, or what to change")
-    either("--tasks", metavar="FILE", help="many, from a .json in the release's format; --out is a folder")
+    either("--tasks", metavar="FILE", help="a .json of many jobs in the release's format; --out is a folder")
     add("--image", metavar="FILE", nargs="+", action="extend", default=[], help="Image 1, Image 2, ...")
     add("--video", metavar="FILE", default="", help="Video 1")
     add("--base", action="store_true", help="the last image is the one to edit, the others guide the edit")
     add("--rewrite", action=argparse.BooleanOptionalAction, help="let the VLM expand the prompt first")
-    add("--rewrite-only", action="store_true", help="write the task file to --out, with the VLM's captions")
+    add("--rewrite-only", action="store_true", help="only write the task file, with the VLM's captions")
 
     add = parser.add_argument_group("the result").add_argument
     add("--out", metavar="PATH", help=".png, .mp4, .gif or a folder (default: named by prompt and seed)")
@@ -124,8 +124,8 @@ def build_parser():
 
     add = parser.add_argument_group("sampling (the config has defaults for images and videos)").add_argument
     add("--steps", metavar="N", type=bounded(int, 1, 1000), help="of the sampler")
-    add("--cfg-text", metavar="X", type=scale, help="how much the prompt counts; up to 1 is no guidance")
-    add("--cfg-image", metavar="X", type=scale, help="how much the images count: 1 to 3; 1 is fastest")
+    add("--cfg-text", metavar="X", type=scale, help="scale of text guidance; 1 or less turns it off")
+    add("--cfg-image", metavar="X", type=scale, help="scale of image guidance, 1 to 3; 1 is off and fastest")
     add("--shift", metavar="X", type=bounded(float, 0.01, 1000), help="above 1: more steps at high noise")
     add("--negative-prompt", metavar="TEXT", help="what the guidance leads away from")
     add("--no-queries", action="store_true", help="without the learnable queries (figure 13)")
@@ -167,7 +167,7 @@ def choose_device(args):
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         probe = torch.zeros(1, device=name)
-        probe.item()  # of "meta" there is none
+        probe.item()  # fails on "meta"
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not here ({error})") from error
     args.device = str(probe.device) if probe.is_cuda else probe.device.type  # safetensors knows no "cpu:0"
@@ -243,7 +243,7 @@ def read_jobs(items, args):
 
 
 def read_item(item, args):
-    """The job of one item. Its paths start in the working directory, else beside the task file."""
+    """The job of one item. Paths are relative to the working directory or, if not found, to the task file."""
     job = Job()
     if isinstance(item, dict):
         item = {name: value for name, value in item.items() if name in vars(job) and value is not None}
@@ -424,7 +424,7 @@ def explain(text, references, size, tokenizer, config):
 
 
 def watch(model, device, seconds):
-    """From here on append to seconds[name] what each forward pass of a part of the model takes."""
+    """From here on, append the seconds of each forward pass of a part of the model to seconds[name]."""
     vlm = model.mm_encoder.mm_encoder.model
     parts = {"vision tower": vlm.visual, "language model": vlm.language_model, "MMDiT": model.transformer}
     parts |= {"VAE, encoder": model.vae.encoder, "VAE, decoder": model.vae.decoder}

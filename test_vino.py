@@ -490,6 +490,23 @@ def test_public_file_layouts_and_our_own_load_to_the_same_picture(tiny, tmp_path
         assert torch.equal(model.generate(**settings), tiny.generate(**settings))
 
 
+def test_without_vinos_checkpoint_stage_1_starts_from_the_base_models_with_new_connectors(tiny, tmp_path):
+    write_public_layout(tiny, tmp_path)
+    (tmp_path / "vino.ckpt").unlink()
+    assert "vino.ckpt does not exist" in refusal(tmp_path, tiny.config)
+    first, again = (Vino.load(tmp_path, tiny.config, base=True).saved_tensors() for _ in range(2))
+    for name, tensor in tiny.saved_tensors().items():
+        assert torch.equal(first[name], again[name]), name
+        if name.startswith(("mm_encoder.mm_encoder.", "vae.")):
+            assert torch.equal(first[name], tensor), name
+        elif name.startswith("mm_encoder."):
+            assert first[name].isfinite().all() and first[name].any(), name
+    (tmp_path / "HunyuanVideo/vae/model.safetensors.index.json").unlink()
+    (tmp_path / "HunyuanVideo/vae/0.safetensors").unlink()
+    with pytest.raises(InputError, match="'vae.* is missing"):
+        Vino.load(tmp_path, tiny.config, base=True)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell of its memory")
 def test_a_checkpoint_is_read_tensor_by_tensor_and_never_copied_whole(tmp_path):
     def copied():  # MiB of memory that no file backs

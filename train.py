@@ -80,10 +80,10 @@ def one_line(error):
 class Task:
     """What goes in and what comes out."""
 
-    images: tuple  # numbers of reference images; a manifest may have more where there can be several
+    images: tuple  # how many reference images; where it can be several, a manifest may have more
     video: bool = False  # is there a reference video?
     clip: bool = False  # is the target a clip?
-    framed: bool = False  # does the target lie on the last image, pixel for pixel?
+    framed: bool = False  # is the target aligned with the last image, pixel for pixel?
 
 
 TASKS = {
@@ -96,7 +96,7 @@ TASKS = {
     "tv2v": Task((0,), video=True, clip=True),  # an edit of the video
     "tiv2v": Task((1,), video=True, clip=True),  # an edit of the video, guided by the image
     "motion": Task((1,), video=True, clip=True),  # the image's object moves as in the video
-    # Proxy tasks (appendix B): the image again, seen by the VLM only; image i of k again.
+    # Proxy tasks (appendix B): reproduce the image, which only the VLM sees; reproduce image i of k.
     "reconstruction": Task((1,), framed=True),
     "selection": Task((2, 3), framed=True),
 }
@@ -123,7 +123,7 @@ class Stage:
     ema: float  # decay; 0 is none
     area: int  # height * width of a frame
     shift: float  # of the timesteps
-    trainable: list  # how the names of the parameters begin
+    trainable: list  # prefixes of the parameters' names
     mixture: dict  # task: share
     weight_decay: float = 0.01
     clip: float = 1.0  # the gradient's norm; 0 is none
@@ -132,7 +132,7 @@ class Stage:
     checkpointing: bool = True  # of the MMDiT's blocks (3.1)
     # The paper has these without numbers.
     short: float = 0.5  # share of prompts in their short form (2.3)
-    sync_drop_images: int = 2  # in tasks of more images than this all processes drop alike (appendix B)
+    sync_drop_images: int = 2  # with more images than this all processes share one choice (appendix B)
     latent_frames: int = 30  # how many fit with a local batch of 1, references included (3.1)
     # The paper has no such things.
     warmup: int = 0  # steps in which the learning rate rises from 0
@@ -247,8 +247,8 @@ class Source:
 
     def frames_that_fit(self, images, video):
         """Frames of a target that leave room for its references: "we dynamically adjust the number of video
-        frames and number of reference images" (3.1). All together fill the stage's `latent_frames`, a video
-        as many as the target."""
+        frames and number of reference images" (3.1). Together they fill the stage's `latent_frames`; a
+        reference video takes as many as the target."""
         most = (self.stage.latent_frames - images) // (2 if video else 1)
         return max(5, min(self.config.sampling.frames, 4 * (most - 1) + 1))
 
@@ -318,8 +318,8 @@ class Manifest(Source):
         return chance(self.seed, task, "epoch", epoch).sample(own, len(own))
 
     def draw(self, task, position, index):
-        """A Batch of one. The next sample stands in for one that cannot be read, which is reported once. If a
-        process finds more than 1% of the samples like that, the run ends."""
+        """A Batch of one. A sample that cannot be read is reported once and replaced by the next. If a
+        process finds more than 1% of the samples unreadable, the run ends."""
         if index < 0:
             order, place = self.validation[task], -1 - index
         else:
@@ -360,7 +360,7 @@ class Manifest(Source):
 
 def read_target(path, frames, area, framed):
     """A target [1, 3, T, H, W] with about `area` pixels: an image, or of a clip up to `frames` frames. It is
-    treated like a reference image if it has to lie on one (`framed`), else like a reference video."""
+    treated like a reference image if it has to align with one (`framed`), else like a reference video."""
     if frames == 1:
         image = read_image(path)
         if framed:
@@ -404,8 +404,8 @@ class Objective(nn.Module):
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             if picture:
                 return self.picture(batch)
-            # Gradients of zero: AdamW treats all parameters alike in every step, and a process that has
-            # dropped its references reduces the same gradients as others.
+            # Adds zero, so that all these parameters get gradients: AdamW treats them alike in all steps, and
+            # a process that has dropped its references reduces the same gradients as others.
             idle = [p for p in self.vino.get_submodule(self.sometimes_used).parameters() if p.requires_grad]
             return self.loss(batch) + 0 * sum(p.sum() for p in idle)
 
@@ -443,13 +443,13 @@ KERNELS = [  # of attention
     for kind in ("flash_attention", "efficient_attention", "flash_attention_for_cpu")
 ]
 EMA_EVERY = 10  # steps between updates of averages in the host's memory
-SHORT = 4096  # tokens: what the full size computes for so few takes 36 GiB; what is kept of 35,600 takes 24
+SHORT = 4096  # tokens: at full size, keeping all for so few takes 36 GiB; checkpointing 35,600 keeps 24 GiB
 
 
 def checkpointed(block, *inputs):
     """A block's forward that keeps its inputs and its attention's output, and recomputes the rest for the
-    backward. Attention is most of a long sequence's work, and its result little of the memory. Of `SHORT`
-    sequences all is kept."""
+    backward. In a long sequence attention is most of the work, and its output little of the memory. A batch
+    of fewer than `SHORT` tokens keeps everything."""
     forward = partial(type(block).forward, block)
     if inputs[0].shape[:2].numel() < SHORT:
         return forward(*inputs)
@@ -500,9 +500,9 @@ def sums(*values):
 
 
 class Averages:
-    """Exponential moving averages of the weights (EMA), each process's share. They are where the weights are
-    and follow every step; or in the host's memory, and follow every EMA_EVERY steps and the last one with the
-    same decay: at full size on two GPUs each of them moves 26 GB over PCIe and back each time."""
+    """Exponential moving averages of the weights (EMA), each process's share. Next to the weights, they are
+    updated in every step; in the host's memory, every EMA_EVERY steps and in the last, with the same decay
+    per step: at full size, each of two GPUs then moves 26 GB over PCIe and back."""
 
     def __init__(self, parameters, decay, on_host):
         self.parameters, self.decay, self.every = parameters, decay, EMA_EVERY if on_host else 1
@@ -556,8 +556,8 @@ class Run:
 
     def load(self, step):
         """The step's task, and this process's samples for it: a list for each batch. All processes draw the
-        same task, so that they do equal work (appendix B). The step's samples are numbered through all
-        processes and their batches: they are the same however many processes share it."""
+        same task, so that they do equal work (appendix B). The step's samples are numbered across all
+        processes and their batches, so they are the same however many processes share the step."""
         size, source = self.stage.batch, self.source
         shares = [self.stage.mixture[task] for task in source.tasks]
         [task] = chance(self.args.seed, step, "task").choices(source.tasks, shares)
@@ -587,15 +587,15 @@ class Run:
                 file.write(f"{json.dumps(record)}\n")
 
     def on_signal(self, number, frame):
-        """Finish the step, save and stop. A second signal ends the process at once, but not under torchrun,
-        which passes on what the terminal or the scheduler sends to all: there each comes twice."""
+        """Finish the step, save and stop. A second signal ends the process at once, but not under torchrun:
+        there each signal arrives twice, from the terminal or scheduler and passed on by torchrun."""
         self.signal = number
         if not dist.is_initialized():
             signal.signal(number, signal.SIG_DFL)
 
 
 def choose_parameters(objective, prefixes):
-    """Table 1's last row. What the model has and never uses stays as it is."""
+    """Table 1's last row. Parameters that the model never uses stay frozen."""
     parameters = {name.removeprefix("vino."): p for name, p in objective.named_parameters()}
     unknown = [prefix for prefix in prefixes if not any(name.startswith(str(prefix)) for name in parameters)]
     if unknown or not prefixes:
@@ -671,7 +671,7 @@ def identity(run):
 
 
 def settings(run):
-    """What may change when a run goes on, which is then reported."""
+    """What may change when a run is resumed; changes are reported."""
     return asdict(run.stage) | {"samples per step": run.step_size, "dtype": str(run.dtype)}
 
 
@@ -822,11 +822,11 @@ def add_common_arguments(parser):
     add("--resume", action="store_true", help="continue from the newest complete checkpoint in --out")
     add("--seed", type=int, default=0)
     add("--dtype", choices=["bfloat16", "float32"], help="to compute in; by default bfloat16 on a GPU")
-    add("--accumulate", type=int, default=1, help="batches of a process in a step")
+    add("--accumulate", type=int, default=1, help="batches per process and step")
     add("--compile", action="store_true", help="torch.compile the MMDiT's blocks")
     add("--save-every", type=int, default=500, help="steps between checkpoints; by default 500")
     add("--keep", type=int, default=3, help="checkpoints to keep; by default 3")
-    add("--validate-every", type=int, default=500, help="steps; by default 500, and 0 is never")
+    add("--validate-every", type=int, default=500, help="steps between validations; by default 500; 0: never")
 
 
 def parse_arguments(arguments):
@@ -838,10 +838,10 @@ def parse_arguments(arguments):
         "the stage before has exported, else assets/tiny.safetensors")  # fmt: skip
     add("--out", help="folder for all output; by default runs/stageN")
     add("--data", help="JSON lines, one sample a line; by default the toy world")
-    add("--tasks", nargs="+", metavar="TASK", help="of the stage's mixture only these")
+    add("--tasks", nargs="+", metavar="TASK", help="only these of the stage's mixture")
     add("--shard", choices=["ddp", "zero2", "fsdp"], default="zero2", help="under torchrun: copies of "
         "everything; gradients and AdamW sharded (the paper's, and the default); weights too")  # fmt: skip
-    add("--ema-on-host", action="store_true", help="averages in the host's memory, of every 10th step")
+    add("--ema-on-host", action="store_true", help="averages in the host's memory, updated every 10 steps")
     add("--no-queries", action="store_true", help="ablation: no learnable tokens (figure 8)")
     add("--no-boundary-tokens", action="store_true", help="ablation: no tokens between latents (figure 11)")
     add_common_arguments(parser)
@@ -873,7 +873,8 @@ def prepare(args):
     weights = args.weights or saved.get("weights") or str(export if export.exists() else TINY)
     device, dtype = start_device(args.dtype)
     path = args.config or (HERE / "tiny_config.json" if weights == "random" else None)
-    vino = Vino.load(weights, read_config(path, weights) if path else None, device, dtype)
+    config = read_config(path, weights) if path else None
+    vino = Vino.load(weights, config, device, dtype, base=args.stage == "1")
     if args.no_queries:  # the ablations (3.4) take away what the weights may have
         vino.remove_queries()
     if args.no_boundary_tokens:

@@ -15,7 +15,7 @@ the noisy target in the MMDiT's sequence.
     8. Reference pixels                                       letterboxing, resizing, patches
     9. Files                                                  weights, tokenizers, pictures, clips
 
-"The release" is the authors' public inference code; where it differs from the paper, this file follows it.
+"The release" is the authors' public inference code: this file follows it where it differs from the paper.
 Parameters carry the public checkpoints' names, so that real weights load without a renaming table.
 Shapes: B batch, L tokens, T frames, H height, W width, C channels, D width of a transformer, R references;
 t, h, w count patches.
@@ -97,8 +97,8 @@ class VisionConfig:
     spatial_merge_size: int = 2
     num_position_embeddings: int = 2304
     deepstack_visual_indexes: list = items(5, 11, 17)
-    # The release resizes twice in turn. Of each `vlm_size` takes [sides are multiples of, fewest pixels, most
-    # pixels]. The limits of a video's second resizing count the pixels of all its frames.
+    # The release resizes twice. Each entry is one resizing's arguments to `vlm_size`: [multiple, fewest
+    # pixels, most pixels]. The limits of a video's second resizing count the pixels of all its frames.
     image_resize: list = items([28, 4 * 28**2, 16384 * 28**2], [32, 2**16, 2**24])
     video_resize: list = items([28, 256 * 32**2, 768 * 28**2], [32, 2**12, 25165824])
     video_frames: int = 8  # appendix B
@@ -142,8 +142,8 @@ def build_prompts(tokenizer, texts, references, merge, system=SYSTEM_PROMPT):
         t, h, w = reference.grid[0], reference.grid[1] // merge, reference.grid[2] // merge
         pad = tokenizer.token_to_id("<|video_pad|>" if reference.is_video else "<|image_pad|>")
         pending += "Video 1: " if reference.is_video else f"Image {number}: "
-        for pair in range(t):  # two frames of a video each; an image is one
-            if reference.is_video:  # the release counts the frames that the VLM sees as 24 a second
+        for pair in range(t):  # each is two frames of a video, or an image
+            if reference.is_video:  # the release timestamps the VLM's frames as if at 24 FPS
                 pending += f"<{(2 * pair + 0.5) / 24:.1f} seconds>"
             append(pending + "<|vision_start|>")
             pending = ""
@@ -281,8 +281,8 @@ class MultiModalEncoder(nn.Module):
         positions = positions.to(embeds.device)
         mask = None if mask is None else mask.to(embeds.device, torch.long)
         with sdpa_kernel(ANY_LENGTH):  # prompts differ in length
-            # No input_ids. By position, as transformers 4 and 5 name the cache differently; without a cache
-            # they take jumps in the positions for the borders of packed sequences.
+            # The first argument, input_ids, is None. The cache goes by position, as transformers 4 and 5 name
+            # it differently; without one they take jumps in the positions for borders of packed sequences.
             visual = {"visual_pos_masks": visual_mask, "deepstack_visual_embeds": deepstack}
             language_model = self.mm_encoder.model.language_model
             output = language_model(None, mask, positions, cache, embeds, output_hidden_states=True, **visual)
@@ -328,7 +328,7 @@ def build_vlm(config):
     for ours in ("image_resize", "video_resize", "video_frames"):
         del vision[ours]
     rope = {"rope_type": "default", "mrope_section": text.pop("mrope_section"), "mrope_interleaved": True}
-    text["rope_scaling"] = rope  # transformers 5 calls it rope_parameters, and still takes the old name
+    text["rope_scaling"] = rope  # transformers 5 calls it rope_parameters, and accepts this name
     tie = config.text.tie_word_embeddings
     config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tie)
     return Qwen3VLForConditionalGeneration(config).eval()
@@ -751,7 +751,7 @@ class MidBlock(nn.Module):
 
 def levels(widths, layers, groups, up):
     """The levels of the encoder or, with `up`, of the decoder. All but the last end with a change of size:
-    always in space, in the last two in time as well."""
+    always in space, in the last two of these also in time."""
     blocks = []
     for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
         resnets = [Resnet(before, width, groups)] + [Resnet(width, width, groups) for _ in range(layers - 1)]
@@ -768,11 +768,11 @@ def levels(widths, layers, groups, up):
 def tiled(function, x, dim, sizes, ratio, lead=0):
     """Apply `function` to overlapping tiles of x along `dim` and blend where they overlap.
 
-    The result is `ratio` times as long as x. A tile of `sizes` (length, stride), in frames or pixels, begins
-    every stride. `lead` is 1 along time, where a tile's first frame has no past: tiles are longer by that
-    frame, and all but the first drop its output.
+    The result is `ratio` times as long as x. `sizes` is the tiles' (length, stride), in frames or pixels.
+    `lead` is 1 along time, where a tile's first frame has no past: tiles are longer by that frame, and all
+    but the first drop its output.
     """
-    tile, stride = (int(size / max(ratio, 1)) for size in sizes)  # of x: latents are fewer than pixels
+    tile, stride = (int(size / max(ratio, 1)) for size in sizes)  # in elements of x: pixels or latents
     length = x.shape[dim]
     if length <= tile:
         return function(x)
@@ -822,7 +822,7 @@ class VAE(nn.Module):
 
     def in_tiles(self, function, x, space, time):
         """Apply `function` to x in tiles: in time always, as the public model does; in space only where
-        frames are large. `space` and `time` are how much longer the result is than x."""
+        frames are large. `space` and `time` are the ratios of the result's size to x's."""
         if x.shape[3] * x.shape[4] * max(space, 1) ** 2 > self.config.untiled_area:
             for dim in (4, 3):
                 function = partial(tiled, function, dim=dim, sizes=self.config.tile_pixels, ratio=space)
@@ -1006,7 +1006,7 @@ class Vino(nn.Module):
         """Make an image or a video for each prompt.
 
         Args:
-            prompts: B texts, which name the References `images` and `video` Image 1, Image 2, ..., Video 1.
+            prompts: B texts, which call the References (`images`, `video`) Image 1, Image 2, ..., Video 1.
             size: (frames, height, width) of the result: 4k + 1, and multiples of 16.
             base: the last image is the one being edited, the others are references for the edit.
             steps, shift, cfg_text, cfg_image, negative_prompt: by default the config's, for image or video.
@@ -1041,21 +1041,26 @@ class Vino(nn.Module):
         return self.vae.decode(latents).float()
 
     @classmethod
-    def load(cls, weights, config=None, device="cpu", dtype=torch.float32):
+    def load(cls, weights, config=None, device="cpu", dtype=torch.float32, base=False):
         """Build the model on `meta` and stream its weights straight to `device` and `dtype`.
 
         `weights`: a `.safetensors` file of this project; a folder with the public weights
         (`Qwen3-VL-4B-Instruct/`, `HunyuanVideo/`, `vino.ckpt`); "hub" to download those; or "random", from a
-        fixed seed. `config`: by default the file's own, else the full size.
+        fixed seed. `config`: by default the file's own, else the full size. `base`: where the folder lacks
+        `vino.ckpt`, learnable queries and connectors are random, as before stage 1 (2.3).
         """
-        config, tokenizer, stream = open_weights(weights, config, device)
+        base = base and Path(weights).is_dir() and not Path(weights, "vino.ckpt").exists()
+        config, tokenizer, stream = open_weights(weights, config, device, base)
         with torch.device("meta"):
             model = cls(config, tokenizer)
-        model.fill(stream or random_tensors(model.saved_tensors(), device, dtype), weights, device, dtype)
+        stream = stream or random_tensors(model.saved_tensors(), device, dtype)
+        new = ("mm_encoder.metaquery", "mm_encoder.connector") if base else ()
+        model.fill(stream, weights, device, dtype, new)
         return model.eval()
 
-    def fill(self, stream, source, device, dtype):
-        """Load the parameters from `stream`, a lazy iterator of (name, tensor)."""
+    def fill(self, stream, source, device, dtype, new=()):
+        """Load the parameters from `stream`, a lazy iterator of (name, tensor). Those whose names begin with
+        one of `new` are random if it lacks them."""
         expected, tensors = self.saved_tensors(), {}
         for name, tensor in stream:
             if name not in expected:
@@ -1067,6 +1072,8 @@ class Vino(nn.Module):
         for name, parameter in expected.items():
             if name.startswith("transformer." + MMDiT.UNUSED):
                 tensors.setdefault(name, torch.zeros(parameter.shape, dtype=dtype, device=device))
+        lacking = {name: p for name, p in expected.items() if name.startswith(new) and name not in tensors}
+        tensors |= random_tensors(lacking, device, dtype)
         missing = sorted(expected.keys() - tensors.keys())
         if missing:
             raise InputError(f"{source}: tensor '{missing[0]}' is missing ({len(missing)} in all)")
@@ -1117,7 +1124,7 @@ class Vino(nn.Module):
 class SequenceParallel:
     """Sequence parallelism within one guidance branch (DeepSpeed-Ulysses). Each process holds a shard of the
     tokens; for attention, an all-to-all gives it all tokens and a shard of the heads. The number of processes
-    divides the number of heads; streams are padded to a multiple of it."""
+    divides the number of heads; both streams are padded to a multiple of the number of processes."""
 
     def __init__(self, group):
         self.group = group
@@ -1266,8 +1273,8 @@ def normalize(frames):
 
 
 def patchify(pixels, config):
-    """Pixels [B, 3, T, H, W] in [-1, 1] as Qwen's vision tower takes them: merged 2 x 2 groups first, a lone
-    frame repeated in time -> patches [B, t*h*w, 3 * 2 * 16 * 16] and the grid (t, h, w)."""
+    """Pixels [B, 3, T, H, W] in [-1, 1] as Qwen's vision tower takes them: patches of a merged 2 x 2 group in
+    a row, an odd last frame repeated -> patches [B, t*h*w, 3 * 2 * 16 * 16] and the grid (t, h, w)."""
     p, m, q = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     repeats = -pixels.shape[2] % q
     pixels = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, repeats, -1, -1)], dim=2)
@@ -1333,7 +1340,7 @@ def read_image(path):
     """The picture at `path` as RGB: upright, and over white where it is transparent."""
     with reading(path, "an image"), Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I;16"):  # 16-bit gray, which `convert` would clip
+        if image.mode.startswith("I;16"):  # 16-bit grey, which `convert` would clip
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -1472,7 +1479,7 @@ def download(name, files):
         raise InputError(f"cannot download {name}: {' '.join(str(error).split())}") from error
 
 
-def open_weights(weights, config, device):
+def open_weights(weights, config, device, base_only=False):
     """Config, tokenizer, and a stream for `Vino.fill`, which is None for random weights."""
     if str(weights) == "random":
         return config or Config(), byte_tokenizer(), None
@@ -1484,7 +1491,7 @@ def open_weights(weights, config, device):
     else:
         vino = existing(weights)
         vlm, base = (existing(vino / name) for name in ("Qwen3-VL-4B-Instruct", "HunyuanVideo"))
-    config, ckpt = config or Config(), existing(vino / "vino.ckpt")
+    config, ckpt = config or Config(), None if base_only else existing(vino / "vino.ckpt")
     return config, read_tokenizer(vlm), read_public(vlm, base, ckpt, config, device)
 
 
@@ -1523,7 +1530,7 @@ def read_public(vlm, base, ckpt, config, device):
         agree(part, read_json(path), folder.name, path)
     yield from read_safetensors(vlm, "mm_encoder.mm_encoder.", device)
     yield from read_safetensors(base / "vae", "vae.", device)
-    trained = read_checkpoint(ckpt)
+    trained = read_checkpoint(ckpt) if ckpt else {}
     for name, tensor in trained.items():
         if not name.startswith("mm_encoder.mm_encoder."):  # the frozen VLM again
             yield name, tensor
