@@ -130,11 +130,11 @@ class Stage:
     drop: float = 0.1  # probability of dropping text, images, video, each independently (appendix B)
     batch: int = 1  # samples per process: "a local batch size of 1" (3.1)
     checkpointing: bool = True  # of the MMDiT's blocks (3.1)
-    # The paper has these without numbers.
+    # In the paper, but without numbers:
     short: float = 0.5  # share of prompts in their short form (2.3)
     sync_drop_images: int = 2  # with more images than this all processes share one choice (appendix B)
     latent_frames: int = 30  # how many fit with a local batch of 1, references included (3.1)
-    # The paper has no such things.
+    # Not in the paper:
     warmup: int = 0  # steps in which the learning rate rises from 0
     cooldown: int = 0  # steps at the end in which it falls to 0
     encode_once: int = 0  # toy world on a GPU: distinct samples of a layout, encoded once each; 0: no end
@@ -458,8 +458,8 @@ def checkpointed(block, *inputs):
 
 
 def distribute(objective, how, dtype):
-    """The module to call in training. Trainable weights are float32, frozen ones are of the type that it
-    computes in. how: "ddp"; "zero2", the paper's, where weights stay whole from forward to backward, and
+    """The module to call in training. Trainable weights are float32, frozen ones are of the `dtype` to
+    compute in. how: "ddp"; "zero2", the paper's, where weights stay whole from forward to backward, and
     gradients, averages and AdamW's state are sharded; or "fsdp", where weights are gathered anew for the
     backward."""
     sharded = how != "ddp" and dist.is_initialized()
@@ -944,7 +944,7 @@ def main(arguments=None, parse=parse_arguments, work=lambda args: train(prepare(
     args = parse(arguments)
     try:
         return work(args)
-    except (InputError, OSError, SafetensorError) as error:  # the last two: what the disk says
+    except (InputError, OSError, SafetensorError) as error:  # the last two are the disk's
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:

@@ -1414,7 +1414,8 @@ def read_tokenizer(folder):
 def override(node, overrides, prefix):
     """Set the fields of the dataclass `node`, in place, to the values of the dictionary `overrides`."""
     if not isinstance(overrides, dict):
-        raise InputError(f"{prefix.rstrip('.')} should be an object in braces".strip())
+        where = f"field '{prefix[:-1]}' " if prefix else ""
+        raise InputError(f"{where}should be an object in braces")
     for name, value in overrides.items():
         if name not in {f.name for f in fields(node)}:
             raise InputError(f"there is no field '{prefix}{name}'")
