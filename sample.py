@@ -196,7 +196,7 @@ def choose_weights(args):
 @dataclass
 class Job:
     """One prompt with its references and results: the command line's, or an item of a task file, whose
-    fields are the first six."""
+    fields are all but the last."""
 
     index: str = ""  # the name of an item's result
     task: str = ""  # one of TASKS
@@ -204,13 +204,15 @@ class Job:
     ref_image_paths: list = vino.items()
     ref_video_path: str = ""
     ref_image_have_base: bool = False  # the last image is the one to edit
+    caption_raw: str = ""  # what the user wrote, if `caption` is the VLM's
     outputs: dict | None = None  # by seed, their paths
 
 
 def single_job(args):
     """The job of --prompt. The task follows from the references, the suffix of --out, and --frames."""
     out = Path(args.out or ".")
-    is_folder, suffix = out.is_dir() or not out.suffix, out.suffix.lower()
+    is_folder = out.is_dir() or not out.suffix or str(args.out).endswith("/")
+    suffix = out.suffix.lower()
     is_video = bool(args.video) or (args.frames > 1 if args.frames else suffix in (".mp4", ".gif"))
     task = f"t{'i' * bool(args.image)}{'v' * bool(args.video)}2{'v' if is_video else 'i'}"
     task = "i2v" if task == "ti2v" and len(args.image) == 1 else task
@@ -219,11 +221,12 @@ def single_job(args):
         slug = re.sub(r"[\W_]+", "-", args.prompt.lower())[:48].strip("-") or "vino"
         out = out / f"{slug}{legal[0]}"
     elif suffix not in legal:
-        raise InputError(f"--out {out}: {TASKS[task]} goes to a {' or '.join(legal)}, or a folder")
+        what = "a .png for an image, a .mp4 or .gif for a video, or a folder"
+        raise InputError(f"--out {out}: {TASKS[task]} goes to a {' or '.join(legal)}; --out is {what}")
     outputs = {}
     for seed in range(args.seed, args.seed + args.num):
         outputs[seed] = out.with_stem(f"{out.stem}_{seed}") if is_folder or args.num > 1 else out
-    return Job("", task, args.prompt, args.image, args.video, args.base, outputs)
+    return Job("", task, args.prompt, args.image, args.video, args.base, outputs=outputs)
 
 
 def read_jobs(items, args):
@@ -248,6 +251,9 @@ def read_item(item, args):
     if isinstance(item, dict):
         item = {name: value for name, value in item.items() if name in vars(job) and value is not None}
         item["index"] = str(item.get("index", ""))
+        for name in ("index", "task", "caption"):
+            if not item.get(name):
+                raise InputError(f"'{name}' is missing or empty")
     vino.override(job, item, "")
     if not re.fullmatch(r"(?!\.\.?$)[^/\0\ud800-\udfff]{1,200}", job.index):
         raise InputError(f"'index' should be a file's name, and is {json.dumps(job.index)[:60]}")
@@ -302,11 +308,13 @@ def prepare(job, args, config):
 
 def notices(job, tokenizer):
     """What the user may not have meant, a line each."""
-    known = {token.strip("Ġ").lower() for token in tokenizer.get_vocab()}
-    words = dict.fromkeys(re.findall("[a-z]+", job.caption, re.IGNORECASE))
-    strange = [f"'{word}'" for word in words if word.lower() not in known]
-    if strange and "circle" in known and len(known) < 1000:  # a tiny model's: one token for each word
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", job.caption))
+    spellings = [[tokenizer.encode(text).tokens for text in (word, f" {word}")] for word in words]
+    known = [any(len(tokens) == 1 and tokens != ["[UNK]"] for tokens in pair) for pair in spellings]
+    strange = [f"'{word}'" for word, is_known in zip(words, known) if not is_known]
+    if strange and tokenizer.get_vocab_size() < 1000:  # a tiny model's: a word that it knows is one token
         mean = "means" if len(strange) == 1 else "mean"
+        strange = strange[:10] + ["..."] * (len(strange) > 10)
         advice = "these weights know coloured shapes only; the README tells how to get the real ones"
         yield f"{', '.join(strange)} {mean} nothing to this model: {advice}"
     given = {f"Image {k}" for k in range(1, len(job.ref_image_paths) + 1)}
@@ -318,14 +326,15 @@ def notices(job, tokenizer):
 def run(job, args, config, tokenizer, load):
     """Do a job, from its references to its files. `load` gives the model."""
     images, video, size = prepare(job, args, config)
-    outputs = {} if args.explain or args.rewrite_only else job.outputs
+    outputs, asked = {} if args.explain or args.rewrite_only else job.outputs, job.caption
     for seed, path in outputs.items():
-        check_writable(path, args, seed)
+        check_writable(path, args, seed, asked)
     say(*notices(job, tokenizer))  # after all that may end in an error line
     by_default = config.sampling.rewrite and job.task in ("t2i", "t2v") and args.weights != "random"
+    by_default = by_default and not job.caption_raw
     if args.rewrite_only or (by_default if args.rewrite is None else args.rewrite):
-        job.caption = load().rewrite([job.caption], images, video)[0] or job.caption
-        say(f"rewritten: {job.caption}")
+        job.caption = load().rewrite([job.caption_raw or job.caption], images, video)[0] or job.caption
+        say(f"rewritten: {job.caption[:500]}")
     if args.explain:
         references = [*images, video] if video else images
         config = replace(config, num_queries=0) if args.no_queries else config
@@ -339,27 +348,28 @@ def run(job, args, config, tokenizer, load):
             group=dist.group.WORLD if WORLD > 1 else None,
         )  # fmt: skip
         if pixels is not None:
-            facts = {"command": args.command, "seed": seed, "prompt": job.caption}
+            facts = {"command": args.command, "seed": seed, "asked": asked, "prompt": job.caption}
             write(path, encode(path.suffix.lower(), pixels[0], config.sampling.fps, facts))
             show(path)
 
 
-def check_writable(path, args, seed):
-    """Fail before the work if a file cannot be written. Results of this very command may be replaced."""
-    if path.exists() and not args.overwrite and made_by(path) != (args.command, seed):
+def check_writable(path, args, *made):
+    """Fail before the work if a file cannot be written. Results of this very command may be replaced: `made`
+    is the seed and the prompt."""
+    if path.exists() and not args.overwrite and made_by(path) != (args.command, *made):
         raise InputError(f"{path} exists; --overwrite replaces it")
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.{os.getpid()}.partial")
     partial.touch()
     partial.unlink()
 
 
 def made_by(path):
-    """The command and the seed that made a result, or None for any other file."""
+    """The command, the seed and the prompt that made a result, or None for any other file."""
     plugin = "pyav" if path.suffix.lower() == ".mp4" else "pillow"
     try:
         facts = json.loads(imageio.immeta(path, plugin=plugin)["comment"])
-        return facts["command"], facts["seed"]
+        return facts["command"], facts["seed"], facts["asked"]
     except Exception:  # a damaged file can fail anywhere in a decoder; nobody's command has made it
         return None
 
@@ -458,7 +468,9 @@ def run_tasks(args, do, load):
     items, out = vino.read_json(args.tasks), Path(args.out)
     jobs, failed = read_jobs(items, args), []
     if args.rewrite_only:
-        check_writable(out, args, args.seed)
+        check_writable(out, args)
+    elif out.is_file():
+        raise InputError(f"--out {out} is a file; --tasks needs a folder")
     else:
         out.mkdir(parents=True, exist_ok=True)
     if not args.explain:
@@ -474,10 +486,10 @@ def run_tasks(args, do, load):
             if WORLD > 1:
                 raise  # the other processes wait in this sample, until torchrun ends them
             failed.append(f"  {name}: {TOO_LARGE}")
-    say(f"{len(failed)} of {len(jobs)} failed", *failed)
+    say(f"{len(jobs) - len(failed)} of {len(jobs)} made", *failed)
     if args.rewrite_only and RANK == 0:
         for item, job in zip(items, jobs, strict=True):
-            item |= {"caption_raw": item.get("caption"), "caption": job.caption}
+            item |= {"caption_raw": job.caption_raw or item["caption"], "caption": job.caption}
         text = json.dumps(items, indent=2, ensure_ascii=False) + "\n"
         write(out, text.encode("utf-8", "surrogatepass"))
         show(out)
@@ -525,8 +537,10 @@ def main(argv=None):
     torch.backends.cudnn.deterministic = True  # the same command gives the same picture
     try:
         failed = work(args)
-    except (InputError, OSError) as error:
+    except InputError as error:
         fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except torch.OutOfMemoryError:
         fail(TOO_LARGE)
     except KeyboardInterrupt:

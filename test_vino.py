@@ -1330,7 +1330,7 @@ def test_a_task_file_makes_all_nine_tasks_and_names_the_items_that_fail(media, c
     with patch.object(Vino, "generate", autospec=True, side_effect=Vino.generate) as generate:
         assert sample_py(*call) == 1
     last = capsys.readouterr().err.splitlines()[-2:]
-    assert last == ["1 of 10 failed", "  broken.png: tasks/missing.png does not exist"]
+    assert last == ["9 of 10 made", "  broken.png: tasks/missing.png does not exist"]
     assert [call.kwargs["base"] for call in generate.mock_calls] == [False] * 4 + [True] + [False] * 4
     results = [(path.stem, vino.imageio.imread(path, plugin="pyav")) for path in Path("results").iterdir()]
     made = {index: frames.shape[:3] for index, frames in results}
@@ -1446,9 +1446,35 @@ def test_rewrite_only_writes_the_task_file_again_and_keeps_the_captions_that_fai
     Path("tasks.json").write_text(json.dumps([bad, good]))
     assert sample_py("--tasks", "tasks.json", "--rewrite-only", "--out", "new.json") == 1
     last = capsys.readouterr().err.splitlines()[-2:]
-    assert last == ["1 of 2 failed", "  a.png: missing.png does not exist"]
+    assert last == ["1 of 2 made", "  a.png: missing.png does not exist"]
     rewritten = [bad | {"caption_raw": "x"}, good | {"caption": "y of 1", "caption_raw": "y"}]
     assert json.loads(Path("new.json").read_text()) == rewritten
+    assert (
+        sample_py("--tasks", "new.json", "--rewrite-only", "--out", "again.json") == 1
+    )  # from what the user wrote
+    assert json.loads(Path("again.json").read_text()) == rewritten
+
+
+@EXPANDING
+def test_what_the_vlm_has_written_once_is_not_expanded_again(media, capsys):
+    item = {"index": "a", "task": "t2i", "caption": "x"}
+    for more, expanded in (({}, True), ({"caption_raw": "y"}, False)):
+        Path("a.json").write_text(json.dumps([item | more]))
+        command = "--tasks a.json --out made --steps 1 --overwrite".split()
+        assert command_line.main(command) == 0
+        assert ("rewritten" in capsys.readouterr().err) == expanded
+
+
+def test_a_task_file_with_another_prompt_does_not_replace_what_it_has_made(media, capsys):
+    item = {"index": "a", "task": "t2i", "caption": "x"}
+    for caption, line in (
+        ("x", "1 of 1 made"),
+        ("x", "1 of 1 made"),
+        ("y", "made/a.png exists; --overwrite"),
+    ):
+        Path("a.json").write_text(json.dumps([item | {"caption": caption}]))
+        sample_py("--tasks", "a.json", "--out", "made")
+        assert line in capsys.readouterr().err
 
 
 def test_queries_can_be_taken_away_from_finished_weights(media, capsys):
@@ -1508,8 +1534,13 @@ BAD = {
     "--prompt x --video wide.png": "1 frame(s), and the VAE needs at least 5",
     "--prompt x --video clip.mp4 --frames 1": "--frames 1 is an image",
     "--prompt x --video clip.mp4 --height 16 --width 16": "is too narrow",
-    "--prompt x --out a.jpg": "text to image goes to a .png, or a folder",
-    "--prompt x --out none/none/a.png": "No such file or directory: 'none/none'",
+    "--prompt x --out a.jpg": "text to image goes to a .png; --out is a .png for an image, a .mp4",
+    "--prompt x --out wide.png/a.png": "wide.png: File exists",
+    "--prompt x --weights clip.mp4": "clip.mp4 is neither a .safetensors nor a folder",
+    "--tasks good.json --out clip.mp4": "--out clip.mp4 is a file; --tasks needs a folder",
+    "--prompt x --config size.json": "size.json: field 'sampling.image_size' should be two multiples of 16",
+    "--prompt x --config fps.json": "fps.json: field 'sampling.fps' should be at least 1",
+    "--prompt x --config shift.json": "shift.json: field 'sampling.shift' should be two values",
     "--prompt x --config cut.png": "cut.png is not JSON, or is cut short",
     "--prompt x --config typo.json": "typo.json: there is no field 'num_querys'",
     "--prompt x --weights hub": "cannot download Qwen/Qwen3-VL-4B-Instruct: no network",
@@ -1524,6 +1555,9 @@ def test_bad_input_is_one_clear_line_and_leaves_files_alone(media, capsys, monke
     monkeypatch.setattr(vino, "snapshot_download", offline)
     Path("cut.png").write_bytes(Path("wide.png").read_bytes()[:-300])
     Path("typo.json").write_text(json.dumps({"num_querys": 3}))
+    for name, value in (("image_size", [64, 65]), ("fps", 0), ("shift", [3.0])):
+        Path(f"{name.removeprefix('image_')}.json").write_text(json.dumps({"sampling": {name: value}}))
+    Path("good.json").write_text('[{"index": "a", "task": "t2i", "caption": "x"}]')
     Path("cut.mp4").write_bytes(Path("clip.mp4").read_bytes()[:600])
     assert message in refused(capsys, *(word.strip("'") for word in arguments.split()))
 
@@ -1536,6 +1570,7 @@ BAD_TASKS = {
     ITEM % '"task": "i2i"': "unknown task 'i2i'",
     ITEM % '"task": "t2i"': "does not go with these references",
     ITEM % '"caption": 3': "'caption' is int, should be str",
+    ITEM % '"caption": null': "item 1: 'caption' is missing",
     ITEM % '"index": ".."': "'index' should be a file's name, and is \"..\"",
     ITEM % '"index": "\\ud800"': "a file's name",
     ITEM % '"ref_image_paths": [5]': "should be paths",
@@ -1565,6 +1600,8 @@ def test_notices_name_all_strange_words_and_every_reference_that_nobody_gave(med
     words, reference = capsys.readouterr().err.splitlines()[:2]
     assert words.startswith("'corgi', 'ride' mean nothing to this model: these weights know coloured shapes")
     assert reference == "the prompt names Image 2, which is not given"
+    assert command_line.main(["--prompt", "赤い a red großer circle", "--explain"]) == 0
+    assert "'赤い', 'großer' mean nothing" in capsys.readouterr().err
 
 
 def test_memory_that_runs_out_and_an_interrupt_are_one_line_and_leave_nothing(media, capsys):

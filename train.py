@@ -739,7 +739,7 @@ def export(run):
             tensors[name] = tensor.to("cpu", run.dtype)
     if RANK == 0:
         run.vino.save(path, tensors)
-    say(f"wrote {path}: python sample.py --weights {path}")
+    say(f"wrote {path}: python sample.py --weights {path} --prompt ...")
     sums(0)  # nobody goes on before the file is there
 
 

@@ -912,6 +912,19 @@ class SamplingConfig:
     )
     rewrite_prefix: str = ""  # stands before a prompt without references that is to be rewritten
 
+    def check(self):
+        """Raise an InputError if a size or a number cannot be meant."""
+        for name in ("image_size", "video_size"):
+            size = getattr(self, name)
+            if len(size) != 2 or not all(type(side) is int and side > 0 and side % 16 == 0 for side in size):
+                raise InputError(f"field 'sampling.{name}' should be two multiples of 16, and is {size}")
+        for name in ("reference_area", "frames", "fps", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"field 'sampling.{name}' should be at least 1")
+        for name in ("shift", "cfg_text", "negative_prompt"):
+            if len(getattr(self, name)) != 2:
+                raise InputError(f"field 'sampling.{name}' should be two values, for images and videos")
+
 
 @dataclass
 class Config:
@@ -930,10 +943,11 @@ class Config:
     @classmethod
     def from_dict(cls, overrides, base=None, source="config"):
         """Apply `overrides` to the defaults, or to `base` in place. An InputError names a field that is
-        unknown or has the wrong type, and the `source`."""
+        unknown or has a wrong value, and the `source`."""
         config = base or cls()
         try:
             override(config, overrides, "")
+            config.sampling.check()
         except InputError as error:
             raise InputError(f"{source}: {error}") from error
         return config
@@ -1333,7 +1347,8 @@ def reading(path, kind):
         yield
     except Exception as error:  # damaged files make readers fail in many ways
         reason = " ".join(str(error).split()).split(". ")[0]
-        raise InputError(f"{path} is not {kind}, or is cut short ({reason})") from error
+        reason = f" ({reason})" if reason else ""
+        raise InputError(f"{path} is not {kind}, or is cut short{reason}") from error
 
 
 def read_image(path):
@@ -1489,8 +1504,10 @@ def open_weights(weights, config, device, base_only=False):
         return config, tokenizer, read_safetensors(Path(weights), "", device)
     if str(weights) == "hub":
         vlm, base, vino = (download(name, files) for name, files in HUB.items())
+    elif existing(weights).is_file():
+        raise InputError(f"{weights} is neither a .safetensors nor a folder of the public weights")
     else:
-        vino = existing(weights)
+        vino = Path(weights)
         vlm, base = (existing(vino / name) for name in ("Qwen3-VL-4B-Instruct", "HunyuanVideo"))
     config, ckpt = config or Config(), None if base_only else existing(vino / "vino.ckpt")
     return config, read_tokenizer(vlm), read_public(vlm, base, ckpt, config, device)
