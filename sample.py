@@ -104,7 +104,7 @@ def build_parser():
     side, scale = bounded(int, 16, 4096), bounded(float, 0, 1000)
 
     group = parser.add_argument_group("what to make")
-    either, add = group.add_mutually_exclusive_group(required=True).add_argument, group.add_argument
+    either, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
     either("--prompt", metavar="TEXT", help="what to make, or what to change")
     either("--tasks", metavar="FILE", help="a .json of many jobs in the release's format; --out is a folder")
     add("--image", metavar="FILE", nargs="+", action="extend", default=[], help="Image 1, Image 2, ...")
@@ -144,6 +144,8 @@ def build_parser():
 
 def check_arguments(args):
     """Refuse arguments that exclude each other, and round sizes down to legal ones, in place."""
+    if args.prompt is None and args.tasks is None:
+        raise InputError("say what to make: --prompt TEXT or --tasks FILE.json")
     single = args.image or args.video or args.base or args.explain or args.num > 1
     if args.prompt is None and not args.out:
         raise InputError("--tasks needs --out, a folder for what it makes")

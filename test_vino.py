@@ -1517,7 +1517,8 @@ def test_a_damaged_clip_is_one_line_and_nobodys_result(media):
 
 
 BAD = {
-    "": "one of the arguments --prompt --tasks is required",
+    "": "say what to make: --prompt TEXT or --tasks FILE.json",
+    "--promt x": "unrecognized arguments: --promt x",
     "--tasks a.json --rewrite-only --out a.txt": "--rewrite-only goes with",
     "--tasks a.json": "--tasks needs --out",
     "--tasks a.json --out a --num 2": "--tasks excludes",
