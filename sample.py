@@ -213,8 +213,7 @@ class Job:
 def single_job(args):
     """The job of --prompt. The task follows from the references, the suffix of --out, and --frames."""
     out = Path(args.out or ".")
-    is_folder = out.is_dir() or not out.suffix or str(args.out).endswith("/")
-    suffix = out.suffix.lower()
+    is_folder, suffix = out.is_dir() or not out.suffix, out.suffix.lower()
     is_video = bool(args.video) or (args.frames > 1 if args.frames else suffix in (".mp4", ".gif"))
     task = f"t{'i' * bool(args.image)}{'v' * bool(args.video)}2{'v' if is_video else 'i'}"
     task = "i2v" if task == "ti2v" and len(args.image) == 1 else task
@@ -223,8 +222,8 @@ def single_job(args):
         slug = re.sub(r"[\W_]+", "-", args.prompt.lower())[:48].strip("-") or "vino"
         out = out / f"{slug}{legal[0]}"
     elif suffix not in legal:
-        what = "a .png for an image, a .mp4 or .gif for a video, or a folder"
-        raise InputError(f"--out {out}: {TASKS[task]} goes to a {' or '.join(legal)}; --out is {what}")
+        hint = "" if is_video else "; .mp4 and .gif make a video"
+        raise InputError(f"--out {out}: {TASKS[task]} goes to a {' or '.join(legal)}, or a folder{hint}")
     outputs = {}
     for seed in range(args.seed, args.seed + args.num):
         outputs[seed] = out.with_stem(f"{out.stem}_{seed}") if is_folder or args.num > 1 else out
@@ -311,12 +310,13 @@ def prepare(job, args, config):
 def notices(job, tokenizer):
     """What the user may not have meant, a line each."""
     words = dict.fromkeys(re.findall(r"[^\W\d_]+", job.caption))
-    spellings = [[tokenizer.encode(text).tokens for text in (word, f" {word}")] for word in words]
-    known = [any(len(tokens) == 1 and tokens != ["[UNK]"] for tokens in pair) for pair in spellings]
-    strange = [f"'{word}'" for word, is_known in zip(words, known) if not is_known]
-    if strange and tokenizer.get_vocab_size() < 1000:  # a tiny model's: a word that it knows is one token
+    strange = []
+    for word in words:  # a tiny model knows those that are one token, at the start or after a space
+        spellings = [tokenizer.encode(text).tokens for text in (word, f" {word}")]
+        if not any(len(tokens) == 1 and tokens != ["[UNK]"] for tokens in spellings):
+            strange.append(f"'{word}'")
+    if strange and tokenizer.get_vocab_size() < 1000:
         mean = "means" if len(strange) == 1 else "mean"
-        strange = strange[:10] + ["..."] * (len(strange) > 10)
         advice = "these weights know coloured shapes only; the README tells how to get the real ones"
         yield f"{', '.join(strange)} {mean} nothing to this model: {advice}"
     given = {f"Image {k}" for k in range(1, len(job.ref_image_paths) + 1)}
@@ -336,7 +336,7 @@ def run(job, args, config, tokenizer, load):
     by_default = by_default and not job.caption_raw
     if args.rewrite_only or (by_default if args.rewrite is None else args.rewrite):
         job.caption = load().rewrite([job.caption_raw or job.caption], images, video)[0] or job.caption
-        say(f"rewritten: {job.caption[:500]}")
+        say(f"rewritten: {job.caption}")
     if args.explain:
         references = [*images, video] if video else images
         config = replace(config, num_queries=0) if args.no_queries else config

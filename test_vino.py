@@ -298,6 +298,19 @@ def test_rewriting_shows_the_vlm_the_references_and_a_system_line_of_its_own(tin
     assert torch.equal(reference.latents, tiny.encode(photo).latents)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 5])
+def test_the_vision_tower_sees_each_reference_of_a_batch_as_if_alone(tiny, frames):
+    pixels = torch.rand(3, 3, frames, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    patches, grid = vino.patchify(pixels, tiny.config.vision)
+
+    def encode(rows):
+        return tiny.mm_encoder.encode_vision(Reference(pixels[rows], patches[rows], grid, frames > 1))
+
+    for together, *alone in zip(encode(slice(None)), *[encode([k]) for k in range(3)]):
+        torch.testing.assert_close(together, torch.cat(alone))
+
+
 # --- 2. Interleaved omnimodal context (2.2) -----------------------------------------------------------------
 
 
@@ -1449,9 +1462,7 @@ def test_rewrite_only_writes_the_task_file_again_and_keeps_the_captions_that_fai
     assert last == ["1 of 2 made", "  a.png: missing.png does not exist"]
     rewritten = [bad | {"caption_raw": "x"}, good | {"caption": "y of 1", "caption_raw": "y"}]
     assert json.loads(Path("new.json").read_text()) == rewritten
-    assert (
-        sample_py("--tasks", "new.json", "--rewrite-only", "--out", "again.json") == 1
-    )  # from what the user wrote
+    sample_py("--tasks", "new.json", "--rewrite-only", "--out", "again.json")  # from what the user wrote
     assert json.loads(Path("again.json").read_text()) == rewritten
 
 
@@ -1467,11 +1478,8 @@ def test_what_the_vlm_has_written_once_is_not_expanded_again(media, capsys):
 
 def test_a_task_file_with_another_prompt_does_not_replace_what_it_has_made(media, capsys):
     item = {"index": "a", "task": "t2i", "caption": "x"}
-    for caption, line in (
-        ("x", "1 of 1 made"),
-        ("x", "1 of 1 made"),
-        ("y", "made/a.png exists; --overwrite"),
-    ):
+    made, kept = "1 of 1 made", "made/a.png exists; --overwrite"
+    for caption, line in (("x", made), ("x", made), ("y", kept)):
         Path("a.json").write_text(json.dumps([item | {"caption": caption}]))
         sample_py("--tasks", "a.json", "--out", "made")
         assert line in capsys.readouterr().err
@@ -1535,11 +1543,11 @@ BAD = {
     "--prompt x --video wide.png": "1 frame(s), and the VAE needs at least 5",
     "--prompt x --video clip.mp4 --frames 1": "--frames 1 is an image",
     "--prompt x --video clip.mp4 --height 16 --width 16": "is too narrow",
-    "--prompt x --out a.jpg": "text to image goes to a .png; --out is a .png for an image, a .mp4",
+    "--prompt x --out a.jpg": "text to image goes to a .png, or a folder; .mp4 and .gif make a video",
     "--prompt x --out wide.png/a.png": "wide.png: File exists",
     "--prompt x --weights clip.mp4": "clip.mp4 is neither a .safetensors nor a folder",
     "--tasks good.json --out clip.mp4": "--out clip.mp4 is a file; --tasks needs a folder",
-    "--prompt x --config size.json": "size.json: field 'sampling.image_size' should be two multiples of 16",
+    "--prompt x --config image_size.json": "image_size.json: field 'sampling.image_size' should be two multiples of 16",
     "--prompt x --config fps.json": "fps.json: field 'sampling.fps' should be at least 1",
     "--prompt x --config shift.json": "shift.json: field 'sampling.shift' should be two values",
     "--prompt x --config cut.png": "cut.png is not JSON, or is cut short",
@@ -1557,7 +1565,7 @@ def test_bad_input_is_one_clear_line_and_leaves_files_alone(media, capsys, monke
     Path("cut.png").write_bytes(Path("wide.png").read_bytes()[:-300])
     Path("typo.json").write_text(json.dumps({"num_querys": 3}))
     for name, value in (("image_size", [64, 65]), ("fps", 0), ("shift", [3.0])):
-        Path(f"{name.removeprefix('image_')}.json").write_text(json.dumps({"sampling": {name: value}}))
+        Path(f"{name}.json").write_text(json.dumps({"sampling": {name: value}}))
     Path("good.json").write_text('[{"index": "a", "task": "t2i", "caption": "x"}]')
     Path("cut.mp4").write_bytes(Path("clip.mp4").read_bytes()[:600])
     assert message in refused(capsys, *(word.strip("'") for word in arguments.split()))

@@ -944,7 +944,7 @@ def main(arguments=None, parse=parse_arguments, work=lambda args: train(prepare(
     args = parse(arguments)
     try:
         return work(args)
-    except (InputError, OSError, SafetensorError) as error:  # the last two are the disk's
+    except (InputError, OSError, SafetensorError) as error:  # the last two come from the disk
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:

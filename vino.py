@@ -104,7 +104,7 @@ class VisionConfig:
     video_frames: int = 8  # appendix B
 
 
-# Attention kernels that take any length as it comes: all but cuDNN's, which plans each new one for up to 2 s.
+# Attention kernels that take any length as it comes: all but cuDNN's, which plans each new one for up to 1 s.
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 SYSTEM_PROMPT = "You are a helpful assistant aimed at generating an output video caption."
@@ -159,9 +159,10 @@ def build_prompts(tokenizer, texts, references, merge, system=SYSTEM_PROMPT):
     tokenizer.encode_special_tokens = True  # spelled in a user's text, <|...|> is plain text
     encodings = tokenizer.encode_batch([pending + text for text in texts], add_special_tokens=False)
     tails = [encoding.ids + closing for encoding in encodings]
-    longest, padding = max(map(len, tails)), tokenizer.token_to_id("<|endoftext|>")
     lengths = torch.tensor([len(tail) for tail in tails])
+    longest = max(map(len, tails))
     valid = torch.arange(longest) >= longest - lengths[:, None]  # [B, tail]
+    padding = tokenizer.token_to_id("<|endoftext|>")
     tails = torch.tensor([[padding] * (longest - len(tail)) + tail for tail in tails])
     mask = None if valid.all() else F.pad(valid, (len(ids), 0), value=True)
     tail_positions = 1 + max(positions[-1]) + (valid.cumsum(1) - 1).clamp(min=0)
@@ -293,7 +294,8 @@ class MultiModalEncoder(nn.Module):
         vision = self.mm_encoder.model.visual
         batch = len(reference.patches)
         patches = reference.patches.flatten(0, 1).to(self.metaquery.device, vision.dtype)
-        t, h, w = reference.grid  # frames do not see each other: for the tower a batch is one long video
+        t, h, w = reference.grid
+        # Frames do not see each other, so a batch can pass as one long video.
         output = vision(patches, torch.tensor([[batch * t, h, w]], device=patches.device))
         if isinstance(output, tuple):  # transformers 4
             features, deepstack = output
