@@ -313,7 +313,7 @@ def notices(job, tokenizer):
     strange = []
     for word in words:  # a tiny model knows those that are one token, at the start or after a space
         spellings = [tokenizer.encode(text).tokens for text in (word, f" {word}")]
-        if min(map(len, spellings)) > 1:
+        if min(map(len, spellings)) > 1 or ["[UNK]"] in spellings:
             strange.append(f"'{word}'")
     if strange and tokenizer.get_vocab_size() < 1000:
         mean = "means" if len(strange) == 1 else "mean"

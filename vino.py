@@ -912,7 +912,6 @@ class SamplingConfig:
         "You are a helpful assistant aimed at generating an output video caption. Based on the user's input "
         "command, provide a caption describing the video and output it directly. "
     )
-    rewrite_prefix: str = ""  # stands before a prompt without references that is to be rewritten
 
     def check(self):
         """Raise an InputError if a size or a number cannot be meant."""
@@ -983,10 +982,8 @@ class Vino(nn.Module):
 
     def rewrite(self, prompts, images=(), video=None):
         """Expand B prompts into captions with the VLM (tables 2 and 3 mark rewritten prompts by a dagger)."""
-        sampling, references = self.config.sampling, self.encode_all(images, video)
-        if not references:
-            prompts = [sampling.rewrite_prefix + prompt for prompt in prompts]
-        return self.mm_encoder.answer(prompts, references, sampling.rewrite_system)
+        references = self.encode_all(images, video)
+        return self.mm_encoder.answer(prompts, references, self.config.sampling.rewrite_system)
 
     def encode_all(self, images, video):
         references = images if video is None else [*images, video]

@@ -1,13 +1,14 @@
-"""Small counterparts of the paper's benchmarks, on held-out samples of the toy world, scored by pixels.
+"""Small counterparts of the paper's benchmarks, on held-out samples of the toy world, scored from pixels.
 
     python -m toy.benchmark                       all suites (tables 2 to 9)
     python -m toy.benchmark geneval openve --samples 20
-    python -m toy.benchmark queries               figure 13: what the learnable queries do in the end
+    python -m toy.benchmark queries               figure 13: learnable queries in the finished model
 
 It writes benchmark.md and benchmark.png.
 """
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -21,164 +22,79 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from toy.world import (
-    BACKGROUNDS, CELLS, COLORS, MOTIONS, SHAPES, SIZES, Object, ToyWorld, describe, make_sample, trace,
+from toy.detect import (
+    UNIT_AREAS, Seen, detect, in_place, is_related, looks, moves_as_told, obeys, overlap, pairings, shrink,
 )  # fmt: skip
-from train import TINY, contact_sheet, make_stage
-from vino import InputError, Vino, apply_rope, attend
+from toy.world import (
+    CELLS, COLORS, GROWTH, MOTIONS, STARTS, Object, Sample, SampleMaker, Scene, ToyWorld, is_clear,
+    make_sample, relations,
+)  # fmt: skip
+from train import TASKS, TINY, check_known, contact_sheet, make_stage
+from vino import SYSTEM_PROMPT, InputError, Vino, apply_rope, attend
 
-# how: a key of `ways`, see `measure`; mean: the name of a last row, of all the others
-Suite = namedtuple("Suite", "score rows how mean", defaults=["generate", None])
-# layouts: (task of the toy world, number of images); the rest says which samples: see `belongs`
-Row = namedtuple("Row", "name layouts kind objects differ moves", defaults=["", None, (), False])
-Thing = namedtuple("Thing", "shape color x y r")  # what stands in a frame; lengths are the toy world's
-Seen = namedtuple("Seen", "background things ground")  # ground: [64, 64], True where no thing is near
-
-
-def shrink(frames):
-    """Frames [N, 3, H, W] in [-1, 1] -> [N, 3, 64, 64] in [0, 255]."""
-    return F.interpolate((frames.float().clamp(-1, 1) + 1) * 127.5, (64, 64), mode="area")
-
-
-def detect(frames):
-    """What frames [N, 3, H, W] in [-1, 1] show -> N Seens. A colour, a shape or a background that is none of
-    the toy world's is "unclear"."""
-    names, grounds = [*BACKGROUNDS, *COLORS], len(BACKGROUNDS)
-    palette = torch.tensor([*BACKGROUNDS.values(), *COLORS.values()], dtype=torch.float32)
-    distance = torch.cdist(shrink(frames).flatten(2).transpose(1, 2), palette)  # [N, 64 * 64, colours]
-    least, nearest = distance.min(2)
-    sure = F.one_hot(nearest, len(names)).bool() & (least < 60)[..., None]
-    present = sure.sum(1) >= 20  # edges mix colours: they are taken for those that cover an area
-    ground = sure[..., :grounds].sum(1).argmax(1)
-    present[:, :grounds] = F.one_hot(ground, grounds).bool()
-    nearest = distance.masked_fill(~present[:, None], math.inf).argmin(2)
-    labels, sure = components((nearest >= grounds).view(-1, 1, 64, 64)), sure.unflatten(1, (64, 64))
-    found = []
-    for label, pure, number in zip(labels[:, 0], sure, ground):
-        values, areas = label.unique(return_counts=True)
-        masks = [label == value for value, area in zip(values, areas) if value and area >= 25]
-        covered = sum(masks, torch.zeros(1, 64, 64, dtype=torch.bool)).float()
-        free = F.max_pool2d(covered, 5, 1, 2)[0] == 0
-        stains = (free & ~pure[..., number]).sum()
-        background = names[number] if stains < 0.01 * 64 * 64 else "unclear"
-        found.append(Seen(background, sorted(identify(mask, pure, names) for mask in masks), free))
-    return found
-
-
-def components(mask):
-    """Number the connected parts of a mask [N, 1, H, W]; 0 is outside. The largest number spreads."""
-    labels = torch.arange(1.0, mask[0].numel() + 1).view(mask[:1].shape) * mask
-    while True:
-        spread = F.max_pool2d(labels, 3, 1, 1) * mask
-        if torch.equal(spread, labels):
-            return labels
-        labels = spread
-
-
-def identify(mask, sure, names):
-    """The Thing that covers a mask [64, 64]: of the colour that most of it surely [64, 64, colours] has, and
-    of the shape that, drawn with the same centre and area, overlaps it most."""
-    shares = sure[mask].float().mean(0)
-    color = names[shares.argmax()] if shares.max() > 0.6 else "unclear"
-    (y, x), area, pixel = (mask.nonzero() + 0.5).mean(0), mask.sum(), torch.arange(64) + 0.5
-    choices = [(0.75, "unclear", (area / math.pi).sqrt())]
-    for shape, edge in SHAPES.items():
-        unit = (edge((pixel - 32).abs(), pixel[:, None] - 32, 28) < 0).sum() / 28**2
-        r = (area / unit).sqrt()
-        drawn = edge((pixel - x).abs(), pixel[:, None] - y, r) < 0
-        if r > 6.5:  # a small diamond is no tiny circle
-            choices.append(((drawn & mask).sum() / (drawn | mask).sum(), shape, r))
-    _, shape, r = max(choices)
-    return Thing(shape, color, x.item(), y.item(), r.item())
-
-
-def looks(things):
-    """Shape and colour of each, in a fixed order."""
-    return sorted((thing.shape, thing.color) for thing in things)
-
-
-def fits(seen, scene, time=0.0, sizes=True):
-    """Is a frame that moment of the scene? One thing for each object, within 4 pixels of its place and, if
-    sizes count, 3 of its radius: half the way from small to large."""
-
-    def same(thing, item):
-        x, y, r = trace(item, time)
-        near = math.hypot(thing.x - x, thing.y - y) < 4 and (not sizes or abs(thing.r - r) < 3)
-        return near and (thing.shape, thing.color) == (item.shape, item.color)
-
-    orders = permutations(seen.things) if len(seen.things) == len(scene.objects) else ()
-    everything = any(all(map(same, order, scene.objects)) for order in orders)
-    return everything and seen.background == scene.background
+# how: the way to make outputs, a key of `ways` in `measure`; mean: the name of a last row, the mean of the
+# others; texts: "long" or "short" prompts, or "both", for half of the samples each
+Suite = namedtuple("Suite", "score rows how mean texts", defaults=["generate", None, "both"])
+# layouts: (task, number of images); kind to moves: which samples, see `belongs`; how: in place of the suite's
+FIELDS = "name layouts kind objects differ moves phrasing how"
+Row = namedtuple("Row", FIELDS, defaults=["", None, (), False, "known", None])
 
 
 def score_image(row, sample, output, target, source):
-    """GenEval. Every score gets a Sample, its output, target and source [3, T, H, W] (the source is what is
-    edited) and gives {(row, column): True, False or a number}."""
-    told, things = sample.target.objects, detect(output[:, 0][None])[0].things
-    right = looks(things) == looks(told)
-    if row in ("single object", "two objects"):  # their colours are another row's
+    """GenEval. Every score function takes the row's name, a Sample, and its output, target and source
+    [3, T, H, W] (the source is what is edited), and returns {(row, column): True, False or a number}."""
+    told, things = sample.told.objects, detect(output[:, 0][None])[0].things
+    if row in ("single object", "two objects"):  # other rows score their colours
         right = sorted(thing.shape for thing in things) == sorted(item.shape for item in told)
-    right = right and (row != "position" or is_placed(sample.prompt, told, things))
-    length = "short prompts" if sample.prompt == sample.short_prompt else "long prompts"
-    return {(row, "right"): right, (row, length): right}
+    else:
+        orders = [first for first, _ in pairings([Seen("", things, None)], told)]
+        if row == "position":
+            orders = [order for order in orders if is_placed(order, sample)]
+        right = bool(orders)
+    kind = "long prompts" if sample.prompt != sample.short_prompt else "short prompts"  # see `draw_batches`
+    return {(row, "right"): right, (row, kind): right}
 
 
-def is_placed(prompt, told, things):
-    """Does the relation hold that a prompt states, or is each object in its cell?"""
-    things = {(thing.shape, thing.color): thing for thing in things}
-    told = sorted(told, key=lambda item: prompt.find(f"{item.color} {item.shape}"))
-    ours = [things[item[:2]] for item in told]
-    relation = re.search("left of|right of|above|below", prompt)
-    if relation:
-        dx, dy = ours[1].x - ours[0].x, ours[1].y - ours[0].y
-        return {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation[0]] > 4
-    cells = [min(CELLS, key=lambda name: math.dist(CELLS[name], (t.x, t.y))) for t in ours]
-    return cells == [item.cell for item in told]
+def is_placed(order, sample):
+    """Does the relation that the text states hold, and is each object in the cell that it states?"""
+    cells = [min(CELLS, key=lambda name: math.dist(CELLS[name], (t.x, t.y))) for t in order]
+    placed = all(item.cell in (None, cell) for item, cell in zip(sample.told.objects, cells))
+    return placed and is_related(order, sample.relation)
 
 
 def score_clip(row, sample, output, target, source):
-    """VBench. Consistency, smoothness, flickering and dynamics are of what is seen, whatever the text."""
-    frames, scene = shrink(output.transpose(0, 1)), sample.target
+    """VBench. Only the motion class depends on the text; all other rows score the clip by itself."""
+    frames = shrink(output.transpose(0, 1))
     seen = detect(output.transpose(0, 1))
     path, time = tracks(seen), np.linspace(0, 1, len(seen))
     grounds = {s.background for s in seen}
     still = torch.stack([a.ground & b.ground for a, b in zip(seen, seen[1:])])
-    pairs = [(a[2:], b[2:]) for a in seen[0].things for b in seen[-1].things if a[:2] == b[:2]]
+    pairs = [(a[2:5], b[2:5]) for a in seen[0].things for b in seen[-1].things if a[:2] == b[:2]]
     return {
         ("subject consistency", "right"): path is not None,
         ("background consistency", "right"): len(grounds) == 1 and "unclear" not in grounds,
         ("motion smoothness", "right"): path is not None and bool(bend(path, time) < 1.5),
         ("temporal flickering", "gray levels"): frames.diff(dim=0).abs().mean(1)[still].mean().item(),
         ("dynamic degree", "right"): any(math.dist(*pair) > 3 for pair in pairs),
-        ("motion class", "right"): all(motion_of(item, seen) == item.motion for item in scene.objects),
+        ("motion class", "right"): moves_as_told(seen, sample.told.objects),
     }
 
 
 def tracks(seen):
-    """[T, 3 * things]: x, y and r in each frame. None if the frames do not show the same things."""
+    """x, y and r of each thing in each frame, [T, 3 * things]. None if the frames show different things."""
     if not seen[0].things or any(looks(s.things) != looks(seen[0].things) for s in seen):
         return None
-    return np.array([[length for thing in s.things for length in thing[2:]] for s in seen])
+    return np.array([[length for thing in s.things for length in thing[2:5]] for s in seen])
 
 
 def bend(path, time):
-    """How far, at the most, tracks leave the straight line that is nearest to them, in pixels."""
+    """How far tracks deviate, at most, from the straight lines that fit them best, in pixels."""
     slope, start = np.polyfit(time, path, 1)
     return abs(path - np.outer(time, slope) - start).max()
 
 
-def motion_of(item, seen):
-    """The motion, out of MOTIONS, that is nearest to what an object did; None if it is not there."""
-    begin, end = ([t[2:] for t in seen[time].things if t[:2] == item[:2]] for time in (0, -1))
-    if (len(begin), len(end)) != (1, 1):
-        return None
-    scale = np.array((1, 1, 4))  # 6 pixels of radius are as much as 24 of way
-    change = np.subtract(end[0], begin[0]) * scale
-    return min(MOTIONS, key=lambda name: math.dist(change, MOTIONS[name].change * scale))
-
-
 def psnr(output, target):
-    """Of pixels in [-1, 1], in dB; 60 at most, and NaN of none."""
+    """The PSNR of pixels in [-1, 1], in dB: at most 60, and NaN if there are no pixels."""
     error = (output.clamp(-1, 1) - target).square().mean() / 4
     return -10 * error.clamp(1e-6).log10().item()
 
@@ -189,76 +105,110 @@ def keeps(seen, scene):
 
 
 def score_cast(row, sample, output, target, source):
-    """OpenS2V. An identity is shape and colour; with two objects, each has a place of its own."""
+    """OpenS2V. An identity is a shape and its colour; two of them may be right, or in swapped places."""
     seen, scene = detect(output.transpose(0, 1)), sample.target
     values = {(row, "identities kept"): keeps(seen, scene)}
-    values[row, "motion class"] = all(motion_of(item, seen) == item.motion for item in scene.objects)
+    values[row, "motion class"] = moves_as_told(seen, scene.objects)
     values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     if len(scene.objects) == 2:
         a, b = scene.objects
-        swapped = scene._replace(objects=[Object(*b[:3], *a[3:]), Object(*a[:3], *b[3:])])
-        for name, told in (("right", scene), ("swapped", swapped)):
-            values[row, f"identities {name}"] = all(
-                fits(s._replace(background=scene.background), told, time, sizes=False)
-                for s, time in zip(seen, np.linspace(0, 1, len(seen)))
-            )
+        swapped = [Object(*b[:3], *a[3:]), Object(*a[:3], *b[3:])]
+        for name, objects in (("right", scene.objects), ("swapped", swapped)):
+            moments = zip(seen, np.linspace(0, 1, len(seen)))
+            values[row, f"identities {name}"] = all(in_place(s.things, objects, time) for s, time in moments)
     return values
 
 
 def score_edit(row, sample, output, target, source):
-    """GEdit and OpenVE: is the target's scene there, and what shall not change, does it stay (PSNR)?"""
+    """GEdit and OpenVE. Does the output show the target's scene, and does the rest stay unchanged? The PSNR
+    of the rest is measured only if the text leaves nothing free."""
     last = output.shape[1] - 1
-    moments = sorted({0, last // 2, last})
-    seen = detect(output[:, moments].transpose(0, 1))
-    done = all(fits(s, sample.target, t / max(last, 1)) for s, t in zip(seen, moments))
+    seen = detect(output[:, sorted({0, last // 2, last})].transpose(0, 1))
+    whole, done = sample.told == sample.target, obeys(seen, sample)
     changed = ((target - source).abs().amax(0) > 1e-3).float()  # [T, H, W]
     same = F.max_pool2d(changed[:, None], 5, 1, 2)[:, 0] == 0
-    values = {(row, "success"): done, (row, "rest, dB"): psnr(output[:, same], target[:, same])}
+    rest = psnr(output[:, same], target[:, same]) if whole else math.nan
+    values = {(row, "success"): done, (row, "rest, dB"): rest}
     if last:
-        values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
+        values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0]) if whole else math.nan
     return values
+
+
+def score_phrasing(row, sample, output, target, source):
+    """Does the output show everything that the text states?"""
+    what, phrasing = row.split(", ")
+    return {(what, phrasing): score_edit(row, sample, output, target, target)[row, "success"]}
 
 
 def score_answer(row, sample, answer, target, source):
-    """Understanding: which words of the toy world does an answer name? Only the right one counts."""
-    [item], ground = sample.target.objects, sample.target.background
-    does = {motion.does: name for name, motion in MOTIONS.items()}
-    grounds = {f"{name} background": name for name in BACKGROUNDS}
-    aliases, values = does | grounds, {}
-    for name, words, right in [
-        ("motion", [*MOTIONS, *does], item.motion),
-        ("background", grounds, ground),
-        ("colour", COLORS, item.color),
-        ("shape", SHAPES, item.shape),
-        ("size", SIZES, item.size),
-        ("cell", CELLS, item.cell),
-    ]:
-        pattern = rf"\b({'|'.join(sorted(words, key=len, reverse=True))})\b"
-        found = re.findall(pattern, answer)
-        answer = re.sub(pattern, "", answer)  # once read, "moving left" names no cell
+    """Understanding. Is the answer right about each fact of the only object, and about the background?"""
+    _, scene = read_caption(answer) or (None, Scene(None, []))
+    [item], [found] = sample.target.objects, scene.objects if len(scene.objects) == 1 else [[None] * 5]
+    values = {("background", "right"): scene.background == sample.target.background}
+    for name, right, said in zip(("shape", "colour", "size", "cell", "motion"), item, found):
         if name != "motion" or sample.video:
-            values[name, "right"] = {aliases.get(word, word) for word in found} == {right}
+            values[name, "right"] = said == right
     return values
 
 
-def score_told(row, sample, answer, target, source):
-    """Instructions: does the VLM say what their result shall show, in the very words that it has learned?"""
-    return {(row, "right"): answer == describe(sample, clip=target.shape[1] > 1)}
+def read_caption(text):
+    """A caption of `world.describe` -> (is it of a video?, Scene). None for any other text."""
+    cells, motions = ("|".join(sorted(names, key=len, reverse=True)) for names in (CELLS, MOTIONS))
+    place = rf"(?:is|starts) at the ({cells})(?: and is ({motions}))?"
+    sentence = re.compile(rf" a (\w+) (\w+) (\w+) {place}\.")
+    start = re.match(r"an? (image|video) on an? (\w+) background\.", text.lower())
+    if not start or sentence.sub("", text.lower()) != start[0]:
+        return None
+    objects = [
+        Object(shape, color, size, cell, moves or "standing still", (0, 0))
+        for size, color, shape, cell, moves in sentence.findall(text.lower())
+    ]
+    return start[1] == "video", Scene(start[2], objects)
+
+
+def score_caption(row, sample, answer, target, source):
+    """Does the VLM's caption describe the intended result, with every fact that the prompt states?"""
+    is_video, scene = read_caption(answer) or (None, None)
+    told, (name, _, phrasing) = sample.told, row.partition(", ")
+
+    def is_kept(objects):
+        if sample.relation and sample.relation not in relations(*objects[:2]):
+            return False
+        facts = [pair for item, own in zip(told.objects, objects) for pair in zip(item[:5], own)]
+        return all(fact in (None, own) for fact, own in facts)
+
+    kept = is_video == (target.shape[1] > 1) and told.background in (None, scene.background)
+    kept = kept and len(scene.objects) == len(told.objects) and any(map(is_kept, permutations(scene.objects)))
+    return {(name, phrasing or "right"): kept}
 
 
 def score_copy(row, sample, output, target, source):
-    """The autoencoder alone: are the pixels near, and do the shapes stay? That bounds the other suites."""
+    """The autoencoder alone, which bounds the other suites: are pixels close, and are identities kept?"""
     kept = keeps(detect(output.transpose(0, 1)), sample.target)
     return {(row, "PSNR, dB"): psnr(output, target), (row, "identities kept"): kept}
 
 
+def score_shapes(row, sample, output, target, source):
+    """Do shapes keep their corners? Each object's overlap, in each frame, with the outline of its area."""
+    overlaps = []
+    for frame in detect(output.transpose(0, 1)):
+        for item in sample.target.objects:
+            own = [thing for thing in frame.things if thing.color == item.color]
+            radii = [(thing.mask.sum() / UNIT_AREAS[item.shape]).sqrt() for thing in own]
+            found = [overlap(t.mask, item.shape, t.x, t.y, r) for t, r in zip(own, radii)]
+            overlaps.append(max(found, default=0.0))
+    mean = sum(overlaps) / len(overlaps)
+    return {(row, "overlap"): mean, (row, "0.85 in all frames"): min(overlaps) >= 0.85}
+
+
 def belongs(sample, row):
-    """Is a sample one of a row's: of its kind of edit or caption, with so many objects, that differ in all of
-    these fields, and, if it says so, with something that moves?"""
+    """Is a sample of the row's kind (of edit or request), with the row's number of objects, which differ in
+    each field that the row lists, and, if the row says so, with something that moves?"""
     items = sample.target.objects
     apart = all(len({getattr(item, name) for item in items}) == len(items) for name in row.differ)
-    stirs = any(item.motion != "standing still" for item in items) or not row.moves
-    return sample.kind == row.kind and apart and stirs and row.objects in (None, len(items))
+    moves = any(item.motion != "standing still" for item in items) or not row.moves
+    typed = sample.told != sample.target or sample.images or sample.video  # rather than a caption
+    return typed and row.kind in (None, sample.kind) and apart and moves and row.objects in (None, len(items))
 
 
 IMAGE, CLIP = [("t2i", 0)], [("t2v", 0)]
@@ -276,7 +226,16 @@ VIDEO_EDITS = [
     Row("add", VIDEO_EDIT, "add"),
     Row("clone motion", [("motion", 1)]),
 ]
+PHRASINGS = [
+    Row(f"{name}, {phrasing}", layouts, None, phrasing=phrasing)
+    for name, *choices in [("images", IMAGE, IMAGE), ("clips", CLIP, CLIP),
+                           ("image edits", [*EDIT, ("ti2i_ref", 2)], EDIT),
+                           ("video edits", VIDEO_EDIT, VIDEO_EDIT[:1])]
+    for phrasing, layouts in zip(("known", "unknown", "by others"), (choices[0], *choices))
+]  # fmt: skip
 SUITES = {
+    "phrasings": Suite(score_phrasing, PHRASINGS, texts="short"),
+    "rewriter": Suite(score_caption, PHRASINGS, how="rewrite", texts="short"),
     "geneval": Suite(score_image, mean="overall", rows=[
         Row("single object", IMAGE, objects=1),
         Row("two objects", IMAGE, objects=2, differ=["shape"]),
@@ -300,52 +259,86 @@ SUITES = {
         Row("images", [("look", 1)], objects=1),
         Row("clips", [("watch", 0)], objects=1),
     ]),
-    "instructions": Suite(score_told, [*CASTS, *VIDEO_EDITS], how="answer", mean="mean"),
+    "instructions": Suite(score_caption, [*CASTS, *VIDEO_EDITS], how="answer", mean="mean", texts="short"),
+    "shapes": Suite(score_shapes, texts="long", rows=[
+        Row("VAE alone", CLIP, how="autoencode"),
+        Row("whole model", CLIP),
+    ]),
     "autoencoder": Suite(score_copy, how="autoencode", rows=[Row("images", IMAGE), Row("clips", CLIP)]),
 }  # fmt: skip
-BATCH, SHOWN = 100, 2  # samples that are made together; that the picture shows of each row and layout
+BATCH, SHOWN = 100, 2  # samples made together; samples that the picture shows of each row and layout
 
 
-def draw_batches(row, samples, world, device):
-    """A row's samples, half of them with their short prompts, as pairs (Samples, Batch of one layout). No
-    training run draws from these seeds."""
+def requests_by_others(task):
+    """The Samples of by_others.json, whose texts someone has written without having seen the grammar. For
+    their targets, what a text leaves free is drawn."""
+    requests = json.loads(Path(__file__).with_name("by_others.json").read_text())
+    maker, still = SampleMaker(f"by others {task}"), ["standing still"] * (not TASKS[task].clip)
+
+    def read_scene(ground, *objects):
+        return Scene(ground, [Object(*words, *still, (0, 0)) for words in objects])
+
+    def complete(item):
+        motion = item.motion or "standing still"
+        free = [maker.choice([*COLORS]), GROWTH.get(motion, "small"), maker.choice(STARTS[motion]), motion]
+        return Object(item.shape, *[own or other for own, other in zip(item[1:5], free)], (0, 0))
+
+    for request in requests[task]:
+        told = read_scene(*request["target"])
+        target = Scene(told.background or "gray", [])
+        while not target.objects or not is_clear(target.objects):
+            target = target._replace(objects=[complete(item) for item in told.objects])
+        source = [read_scene(*request["source"])] if "source" in request else []
+        images, video = ([], *source) if task == "tv2v" else (source, None)
+        yield Sample("", request["prompt"], request["prompt"], images, video, target, told)
+
+
+def draw_batches(row, texts, samples, world, device):
+    """Yield a row's samples as pairs (Samples, their Batch of one layout). Their `prompt` is the text that is
+    used, `told` what that states. No training run draws from these seeds."""
     for number, (task, images) in enumerate(row.layouts):
         share = (samples + number) // len(row.layouts)
         seeds = (f"benchmark {row.name} {world.seed} {task} {i}" for i in count())
-        kept = (
-            sample for sample in (make_sample(seed, task, images) for seed in seeds) if belongs(sample, row)
-        )
+        made = (make_sample(seed, task, images, row.phrasing) for seed in seeds)
+        kept = (sample for sample in made if belongs(sample, row))
+        kept = requests_by_others(task) if row.phrasing == "by others" else kept
         for first in range(0, share, BATCH):
             drawn = [*islice(kept, min(BATCH, share - first))]
-            drawn[1::2] = [sample._replace(prompt=sample.short_prompt) for sample in drawn[1::2]]
+            if not drawn:
+                break
+            for i, sample in enumerate(drawn):
+                if texts == "short" or texts == "both" and i % 2:
+                    drawn[i] = sample._replace(prompt=sample.short_prompt)
+                else:
+                    drawn[i] = sample._replace(told=sample.target, relation="")
             batch = world.collate(task, drawn, device)
-            batch.keys = [world.seed + first + i for i in range(len(drawn))]  # seeds of the noise
+            batch.key = (world.seed + first,)  # seed of the first one's noise
             yield drawn, batch
 
 
 def measure(suites, samples, world, device, ways):
     """Run suites, `samples` for each row, on a ToyWorld's samples. `ways` are functions of a Batch:
-    "generate" and "autoencode" give pixels [B, 3, T, H, W], "answer" the VLM's B texts.
+    "generate" and "autoencode" give pixels [B, 3, T, H, W], "answer" and "rewrite" the VLM's B texts.
 
     Returns: {suite: {(row, column): values}}, and rows for `contact_sheet`."""
     results, sheet = {suite: defaultdict(list) for suite in suites}, []
     rows = [(suite, row) for suite in results for row in SUITES[suite].rows]  # a suite given twice runs once
     bar = tqdm(total=samples * len(rows), unit="sample")
     for suite, row in rows:
-        score, how = SUITES[suite].score, SUITES[suite].how
+        score, how = SUITES[suite].score, row.how or SUITES[suite].how
         bar.set_description(f"{suite}, {row.name}")
-        for drawn, batch in draw_batches(row, samples, world, device):
-            outputs, is_text = ways[how](batch), how == "answer"
+        for drawn, batch in draw_batches(row, SUITES[suite].texts, samples, world, device):
+            outputs, is_text = ways[how](batch), how in ("answer", "rewrite")
             targets, references = batch.target.cpu(), [r.pixels.cpu() for r in batch.references]
             sources = references[0 if batch.task == "motion" else -1] if references else targets
             for i, sample in enumerate(drawn):
                 values = score(row.name, sample, outputs[i], targets[i], sources[i])
                 for key, value in values.items():
                     results[suite][key] += [value] if value == value else []  # NaN: nothing to measure
-                if batch.keys[i] < world.seed + SHOWN:
+                if batch.key[0] + i < world.seed + SHOWN:
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
-                    told = outputs[i] if is_text else sample.prompt
-                    label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {told}"
+                    text = outputs[i] if is_text else sample.prompt
+                    label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {text}"
                     columns = {f"Image {k}": r[i] for k, r in enumerate(references, 1)}
                     if not is_text:
                         columns["output"] = outputs[i]
@@ -356,7 +349,7 @@ def measure(suites, samples, world, device, ways):
 
 
 def interval(values):
-    """Mean and 95% interval as text: Wilson's for a rate, 1.96 standard errors for numbers. One has none."""
+    """Mean and 95% interval as text: Wilson's for a rate, 1.96 standard errors for two or more numbers."""
     if not values:
         return ""
     n, mean, z = len(values), sum(values) / len(values), 1.96
@@ -375,7 +368,7 @@ def table(results):
         rows = [*dict.fromkeys(row for row, _ in values)]
         mean = SUITES[suite].mean
         if mean:
-            values |= {(mean, name): sum((values[row, name] for row in rows), []) for name in columns}
+            values = values | {(mean, name): sum((values[row, name] for row in rows), []) for name in columns}
             rows.append(mean)
         lines += ["", f"| {' | '.join([suite, 'samples', *columns])} |"]
         lines += [f"| --- | {' | '.join(['---:'] * (1 + len(columns)))} |"]
@@ -387,8 +380,8 @@ def table(results):
 
 
 def generate(vino, batch, **settings):
-    """What the model makes of a Batch, with guidance -> pixels [B, 3, T, H, W]. Prompts of text alone are
-    expanded first, if the config says so."""
+    """What the model makes of a Batch, with guidance -> pixels [B, 3, T, H, W]. Prompts without references
+    are expanded first, if the config says so."""
     images = [reference for reference in batch.references if not reference.is_video]
     videos = batch.references[len(images) :]
     prompts = batch.prompts
@@ -398,13 +391,11 @@ def generate(vino, batch, **settings):
     return vino.generate(prompts, images, *videos, size=size, base=base, **settings)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Figure 13: the learnable queries in the finished model
-# ----------------------------------------------------------------------------------------------------------
+# --- Figure 13: the learnable queries in the finished model -------------------------------------------------
 
 
 class AttentionShares:
-    """Stands where a SequenceParallel would, and measures how much of the target's attention goes to the text
+    """Takes the place of a SequenceParallel, and measures how much of the target's attention goes to the text
     stream and, of that, to the learnable queries."""
 
     def __init__(self, target, queries):
@@ -427,15 +418,13 @@ class AttentionShares:
 
 
 @torch.no_grad()
-def queries_share(vino, prompt, size, steps=10):
+def queries_share(vino, prompt, steps=10):
     """The learnable queries' share of the attention that the target pays to the text stream, over all blocks
-    and the `steps` of one sample without guidance. size: (frames, height, width)."""
-    shape = (16, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8)
-    tokens = math.prod(shape[1:]) // math.prod(vino.transformer.patch)
-    recorder = AttentionShares(tokens, vino.config.num_queries)
+    and the `steps` of one image of 64 x 64 without guidance."""
+    recorder = AttentionShares(8 * 8 // math.prod(vino.transformer.patch), vino.config.num_queries)
     condition = vino.mm_encoder([prompt], [])
     device = condition.tokens.device
-    latents = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    latents = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
     for time in torch.linspace(1, 1 / steps, steps):
         velocity = vino.transformer(latents, time.expand(1).to(device), condition, recorder)
         latents = latents - velocity / steps
@@ -444,23 +433,24 @@ def queries_share(vino, prompt, size, steps=10):
 
 def compare_queries(vino, world, samples, device, settings):
     """Figure 13 as a Markdown table: images right with and without the queries, and their share of attention,
-    for long and for short prompts, which are not expanded. Takes the queries away from `vino`."""
-    rewrite, vino.config.sampling.rewrite = vino.config.sampling.rewrite, False
-    batches = [pair for row in SUITES["geneval"].rows for pair in draw_batches(row, samples, world, device)]
+    for long and for short prompts, which are not expanded. Removes the queries from `vino`, and rewriting."""
+    vino.config.sampling.rewrite = False
+    batches = []
+    for row in SUITES["geneval"].rows:
+        batches += [(row.name, *pair) for pair in draw_batches(row, "both", samples, world, device)]
     kinds = ("long prompts", "short prompts")
     shares, right = {kind: [] for kind in kinds}, {}
-    for drawn, _ in batches:
+    for _, drawn, _ in batches:
         for number, sample in enumerate(drawn[:4]):
-            shares[kinds[number % 2]].append(queries_share(vino, sample.prompt, (1, 64, 64)))
+            shares[kinds[number % 2]].append(queries_share(vino, sample.prompt))
     for label in ("with", "without"):
         if label == "without":
             vino.remove_queries()
-        for drawn, batch in tqdm(batches, desc=f"{label} queries", unit="batch"):
-            outputs = generate(vino, batch, seed=batch.keys[0], **settings).cpu()
+        for row, drawn, batch in tqdm(batches, desc=f"{label} queries", unit="batch"):
+            outputs = generate(vino, batch, seed=batch.key[0], **settings).cpu()
             for number, (sample, output) in enumerate(zip(drawn, outputs)):
-                [(_, value), *_] = score_image("", sample, output, None, None).items()
+                value = score_image(row, sample, output, None, None)[row, "right"]
                 right.setdefault((kinds[number % 2], label), []).append(value)
-    vino.config.sampling.rewrite = rewrite
     lines = ["| queries | samples | right with | right without | share of attention on text |"]
     lines.append("| --- | ---: | ---: | ---: | ---: |")
     for kind in kinds:
@@ -470,21 +460,16 @@ def compare_queries(vino, world, samples, device, settings):
     return "\n".join(lines) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command line
-# ----------------------------------------------------------------------------------------------------------
+# --- The command line ---------------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser("toy.benchmark", "python -m toy.benchmark [SUITE ...] [options]")
-    names = [*SUITES, "queries"]
-    parser.add_argument(
-        "suites", metavar="SUITE", nargs="*", help=f"{', '.join(names)} (default: the tables)"
-    )
-    add = parser.add_argument
+    names, add = [*SUITES, "queries"], parser.add_argument
+    add("suites", metavar="SUITE", nargs="*", help=f"{', '.join(names)} (default: the tables)")
     add("--samples", metavar="N", type=int, default=100, help="of each row (default: 100)")
     add("--weights", default=str(TINY), help="a .safetensors (default: assets/tiny.safetensors)")
-    add("--out", default="benchmark", help="folder of benchmark.md and .png (default: benchmark)")
+    add("--out", default="benchmark", help="folder for benchmark.md and .png (default: benchmark)")
     add("--seed", type=int, default=0, help="of samples and noise")
     add("--steps", type=int, help="of the sampler")
     add("--cfg-text", type=float)
@@ -492,36 +477,34 @@ def parse_arguments(arguments):
     add("--rewrite", action=argparse.BooleanOptionalAction, help="expand prompts (default: the config's)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    unknown = [name for name in args.suites if name not in names]
-    if unknown:
-        parser.error(f"unknown suite '{unknown[0]}'; known: {', '.join(names)}")
+    check_known("suite", args.suites, names)
     return args
 
 
 def benchmark(args):
-    """Run the suites, print the table, and write it and a picture."""
-    folder = Path(args.out)
+    """Run the suites, print their tables, and write these and a picture."""
+    model, folder = Vino.load(args.weights, device=args.device), Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    model = Vino.load(args.weights, device=args.device)
     world = ToyWorld(make_stage("3", model.config, {}), model.config, args.seed)
     settings = {"steps": args.steps, "cfg_text": args.cfg_text, "cfg_image": args.cfg_image}
     if args.rewrite is not None:
         model.config.sampling.rewrite = args.rewrite
 
     def make(batch):
-        return generate(model, batch, seed=batch.keys[0], **settings).cpu()
+        return generate(model, batch, seed=batch.key[0], **settings).cpu()
 
-    def answer(batch):
-        return model.mm_encoder.answer(batch.prompts, [*map(model.encode, batch.references)])
+    def answer(batch, system=SYSTEM_PROMPT):
+        return model.mm_encoder.answer(batch.prompts, [*map(model.encode, batch.references)], system)
 
     @torch.no_grad()
     def autoencode(batch):
         return model.vae.decode(model.vae.encode(batch.target)).float().cpu()
 
-    ways = {"generate": make, "answer": answer, "autoencode": autoencode}
+    rewrite = partial(answer, system=model.config.sampling.rewrite_system)
+    ways = {"generate": make, "answer": answer, "rewrite": rewrite, "autoencode": autoencode}
     suites = [name for name in args.suites or SUITES if name != "queries"]
     results, sheet = measure(suites, args.samples, world, args.device, ways)
-    text = table(results) + "\nIn brackets and behind ±: 95% intervals.\n"
+    text = table(results) + "\nIn brackets and after ±: 95% intervals.\n"
     if "queries" in args.suites:
         text += "\n" + compare_queries(model, world, args.samples, args.device, settings)
     (folder / "benchmark.md").write_text(text)
@@ -531,9 +514,8 @@ def benchmark(args):
 
 
 def main(arguments=None):
-    args = parse_arguments(arguments)
     try:
-        benchmark(args)
+        benchmark(parse_arguments(arguments))
     except (InputError, OSError) as error:
         print(f"toy.benchmark: {error}", file=sys.stderr)
         return 2

@@ -60,8 +60,7 @@ def gallery(columns, path, tasks=(), device="cpu"):
     world = ToyWorld(stage, config, seed=6)
     for number, task in enumerate(tqdm(tasks or stage.mixture, unit="row")):
         batch = world.collate(task, [world.draw(task, 1, 1 + number)], torch.device(device))
-        if task in ("t2i", "t2v", "i2v"):
-            batch.prompts = batch.short_prompts
+        batch.prompts = batch.short_prompts
         outputs = {name: generate(model, batch, **more)[0] for name, (model, more) in models.items()}
         rows.append((f"{task}: {batch.prompts[0]}", shown(batch) | outputs))
     if Path(path).suffix != ".gif":

@@ -4,100 +4,143 @@
     python -m toy.pretrain --part vlm --weights runs/pretrain-vae/final.safetensors
 
     vae      the autoencoder, on images and clips
-    vlm      the language model: it describes what it sees, says what an instruction asks for, and expands
-             short prompts
-    mmdit    text to image and video, with a text encoder of its own. That one is thrown away, so that stage 1
-             has to align the VLM with the model (2.3)
+    vlm      the vision-language model: it describes what it sees, and captions the result that a prompt or
+             an instruction asks for
+    mmdit    text to image and video, with a text encoder of its own. This encoder is thrown away, so that
+             stage 1 has to align the VLM with the MMDiT (2.3)
 
 The loop, its checkpoints and its pictures are train.py's.
 """
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache
 
 import train
-from toy.world import ToyWorld, toy_tokenizer
-from train import HERE, Objective, Run, Stage, draw_noise, make_stage
-from vino import Condition, EncodedReference, Modulation, Vino, build_prompts, read_config
+from toy.language import toy_tokenizer
+from toy.world import ToyWorld
+from train import HERE, Objective, Run, Stage, chance, draw_noise, make_stage
+from vino import (
+    ANY_LENGTH, SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, build_prompts, read_config,
+)  # fmt: skip
 
-TOY = {
-    "beta1": 0.9, "beta2": 0.99, "ema": 0.0, "area": 64**2, "drop": 0.0, "warmup": 200, "checkpointing": False
-}  # fmt: skip
+TOY = dict(beta1=0.9, beta2=0.99, ema=0.0, area=64**2, drop=0.0, warmup=200, checkpointing=False)
 PARTS = {
-    "vae": Stage(lr=1.5e-3, steps=9_600, cooldown=6_000, shift=1.0, batch=48, trainable=["vae."], **TOY,
+    "vae": Stage(lr=1.5e-3, steps=15_200, cooldown=9_900, shift=1.0, batch=16, trainable=["vae."], **TOY,
                  mixture={"t2i": 0.3, "t2v": 0.7}),
-    "vlm": Stage(lr=1e-3, steps=20_000, cooldown=14_000, shift=1.0, batch=32,
+    "vlm": Stage(lr=1.5e-3, steps=4_650, cooldown=3_000, shift=1.0, batch=256,
                  trainable=["mm_encoder.mm_encoder."], **TOY,
-                 mixture={"look": 0.08, "watch": 0.06, "rewrite": 0.06, "rewrite_clip": 0.12, "motion": 0.02}
-                 | {"ti2i": 0.13, "ti2i_ref": 0.06, "ti2v": 0.22, "tv2v": 0.15, "tiv2v": 0.07}
-                 | {"t2i": 0.01, "t2v": 0.01, "i2v": 0.01}),
-    "mmdit": Stage(lr=2e-3, steps=4_900, cooldown=1_600, shift=3.0, batch=128,
+                 mixture={"look": 0.07, "watch": 0.05, "t2i": 0.13, "t2v": 0.09, "i2v": 0.04, "motion": 0.03}
+                 | {"ti2i": 0.20, "ti2i_ref": 0.13, "ti2v": 0.10, "tv2v": 0.11, "tiv2v": 0.05}),
+    "mmdit": Stage(lr=2e-3, steps=4_500, cooldown=1_500, shift=3.0, batch=256, encode_once=8_192,
                    trainable=["native_text.", "transformer."], **TOY | {"drop": 0.1},
                    mixture={"t2i": 0.5, "t2v": 0.5}),
 }  # fmt: skip
-KL = 3e-5  # weight of the posterior's distance to the normal distribution, against the squared error
+KL = 3e-5  # weight of the KL divergence from the standard normal distribution, against the squared error
+EDGE = 4  # extra weight of errors at edges, where shapes blur
+
+
+def edges(pixels):
+    """[B, 3, T, H, W] -> booleans [B, 1, T, H, W]: the pixels that differ from the mean of the 3x3 around
+    them, and their neighbours."""
+    around = {"kernel_size": (1, 3, 3), "stride": 1, "padding": (0, 1, 1)}
+    mean = F.avg_pool3d(pixels, **around, count_include_pad=False)
+    difference = (pixels - mean).abs().amax(1, keepdim=True)
+    return F.max_pool3d(difference, **around) > 0.05
 
 
 class Autoencoding(Objective):
-    """The VAE's: squared error, and a little of the posterior's distance to the normal distribution."""
+    """The VAE's: squared error, which counts more at edges, and a little of the posterior's KL divergence
+    from the standard normal distribution."""
 
     def loss(self, batch):
         vae = self.vino.vae
         mean, log_variance = (part.float() for part in vae.moments(batch.target))
         noise = draw_noise(batch.key, mean)[1]
         output = vae.decode((mean + noise * (log_variance / 2).exp()) * vae.config.scaling_factor)
-        surplus = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
-        return (output.float() - batch.target).square().flatten(1).mean(1) + KL * surplus.flatten(1).mean(1)
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
+        weight = 1.0 + EDGE * edges(batch.target)
+        error = (output.float() - batch.target).square() * weight / weight.mean((1, 2, 3, 4), keepdim=True)
+        return error.flatten(1).mean(1) + KL * divergence.flatten(1).mean(1)
 
     def picture(self, batch):
         return self.vino.vae.decode(self.vino.vae.encode(batch.target)).float(), batch.prompts
 
 
+class BatchedFrameAttention(nn.Module):
+    """Attention of Qwen3-VL's vision tower within each frame, in one batch of frames of one size.
+    transformers loops over the frames, which takes five times as long in training."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.heads, self.qkv, self.proj = attention.num_heads, attention.qkv, attention.proj
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings, **_):
+        """All patches [L, D], the borders of the frames, and RoPE's cosines and sines -> [L, D]."""
+        cos, sin = (x[:, None] for x in position_embeddings)  # [L, 1, head]
+        q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [L, heads, head]
+        rotated = [torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) for x in (q, k)]
+        q, k = ((x * cos + y * sin).to(v.dtype) for x, y in zip((q, k), rotated))
+        frames = len(cu_seqlens) - 1
+        q, k, v = (x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(ANY_LENGTH):  # cuDNN's gradients are not always finite
+            x = F.scaled_dot_product_attention(q, k, v)  # [frames, heads, L / frames, head]
+        return self.proj(x.transpose(1, 2).flatten(2).flatten(0, 1))
+
+
 class Captioning(Objective):
-    """The VLM's: next-token cross-entropy of the answer."""
+    """The VLM's: next-token cross-entropy of the answer to what people type. Half of the answers that caption
+    a result yet to be made come under the system line for rewriting."""
 
     sometimes_used = "mm_encoder.mm_encoder.model.visual"
 
+    def __init__(self, vino, shift):
+        super().__init__(vino, shift)
+        for block in vino.mm_encoder.mm_encoder.model.visual.blocks:
+            block.attn = BatchedFrameAttention(block.attn)
+
     def loss(self, batch):
-        vlm = self.vino.mm_encoder
-        references = []
-        for reference in batch.references:
-            features = vlm.encode_vision(reference)
-            references.append(EncodedReference(None, features, reference.grid, reference.is_video))
-        prompts, cache = build_prompts(vlm.tokenizer, batch.prompts, references, vlm.merge), DynamicCache()
-        last, _ = vlm.prefill(prompts, references, cache)
+        vlm, seen = self.vino.mm_encoder, batch.references
+        references = [EncodedReference(None, vlm.encode_vision(r), r.grid, r.is_video) for r in seen]
+        rewrites = batch.task not in ("look", "watch") and chance(*batch.key, "system").random() < 0.5
+        system = self.vino.config.sampling.rewrite_system if rewrites else SYSTEM_PROMPT
+        prompts = build_prompts(vlm.tokenizer, batch.short_prompts, references, vlm.merge, system)
         end = vlm.tokenizer.token_to_id("<|im_end|>")
         answers = [[*encoding.ids, end] for encoding in vlm.tokenizer.encode_batch(batch.answers)]
         most = max(map(len, answers))
-        wanted = torch.tensor([answer + [-100] * (most - len(answer)) for answer in answers]).to(last.device)
-        embeds = vlm.mm_encoder.get_input_embeddings()(wanted[:, :-1].clamp(min=0))
-        positions = prompts.positions[:, :, -1:] + torch.arange(1, most)
-        mask = None if prompts.mask is None else F.pad(prompts.mask, (0, most - 1), value=True)
-        answered, _ = vlm.language(embeds, positions, mask, cache)
-        last = torch.cat([last[:, -1:], answered], 1)
-        losses = F.cross_entropy(vlm.mm_encoder.lm_head(last).mT.float(), wanted, reduction="none")
+        wanted = torch.tensor([answer + [-100] * (most - len(answer)) for answer in answers])
+        answered = replace(
+            prompts,
+            ids=torch.cat([prompts.ids, wanted[:, :-1].clamp(min=0)], 1),
+            positions=torch.cat([prompts.positions, prompts.positions[:, :, -1:] + torch.arange(1, most)], 2),
+            mask=None if prompts.mask is None else F.pad(prompts.mask, (0, most - 1), value=True),
+        )
+        last, _ = vlm.prefill(answered, references, DynamicCache())
+        logits = vlm.mm_encoder.lm_head(last[:, -most:]).mT.float()  # [B, vocabulary, most]
+        wanted = wanted.to(logits.device)
+        losses = F.cross_entropy(logits, wanted, reduction="none")
         return losses.sum(1) / (wanted >= 0).sum(1)
 
     def picture(self, batch):
         references = [self.vino.encode(reference) for reference in batch.references]
-        return batch.target, self.vino.mm_encoder.answer(batch.prompts, references)
+        return batch.target, self.vino.mm_encoder.answer(batch.short_prompts, references)
 
 
 class NativeText(nn.Module):
-    """The text encoder that the tiny text-to-video model is born with: a table of words and one of places."""
+    """The tiny text-to-video model's own text encoder: word and position embeddings."""
 
-    def __init__(self, config, tokenizer, length=256):
+    def __init__(self, config, tokenizer):
         super().__init__()
         self.tokenizer, self.start = tokenizer, tokenizer.token_to_id("<|im_start|>")
         self.words = nn.Embedding(config.text.vocab_size, config.mmdit.text_embed_dim)
-        self.places = nn.Embedding(length, config.mmdit.text_embed_dim)
+        self.places = nn.Embedding(256, config.mmdit.text_embed_dim)
 
     def forward(self, prompts):
         """B texts -> Condition."""
@@ -125,7 +168,7 @@ OBJECTIVES = {"vae": Autoencoding, "vlm": Captioning, "mmdit": TextToVideo}
 
 @torch.no_grad()
 def quieten(vino):
-    """Residual branches add nothing at first: their last matrix or their gate is zero. So is the velocity."""
+    """Let residual branches and the velocity start at zero: zero their last matrix, or their gate."""
     ends = ("conv2.conv", "attentions.0.to_out.0", "o_proj", "down_proj", "attn.proj", "mlp.linear_fc2")
     for name, module in vino.named_modules():
         if name.endswith((*ends, "transformer.proj_out")) or isinstance(module, Modulation):
@@ -135,7 +178,7 @@ def quieten(vino):
 
 @torch.no_grad()
 def scale_latents(run):
-    """Make latents as wide as the noise, as rectified flow wants them."""
+    """Give latents the standard deviation of the noise, 1, for rectified flow."""
     latents = []
     for task in run.source.tasks:
         drawn = [run.source.draw(task, 0, -1 - number) for number in range(64)]
@@ -145,7 +188,7 @@ def scale_latents(run):
 
 
 def prepare(args, part, weights, out):
-    """The Run of one part, at its first step or where it was stopped."""
+    """The Run of one part, at its first step, or at the one where it was stopped."""
     found, saved = train.find_checkpoint(out, args.resume)
     device, dtype = train.start_device(args.dtype)
     weights = str(weights or saved.get("weights") or "random")
@@ -157,6 +200,8 @@ def prepare(args, part, weights, out):
         quieten(vino)
     stage = make_stage(part, vino.config, vars(args), PARTS)
     args.stage = f"0-{part}"
+    if device.type == "cpu" and args.batch is None:
+        stage.batch = min(stage.batch, 8)  # a step within seconds
     encoders = vino if device.type == "cuda" else None
     source = ToyWorld(stage, vino.config, f"{args.seed} {args.stage}", encoders)
     run = Run(args, out, stage, source, OBJECTIVES[part](vino, stage.shift), weights, device, dtype)
@@ -168,7 +213,7 @@ def parse_arguments(arguments):
     about = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser("toy.pretrain", "python -m toy.pretrain [options]", about)
     parser.add_argument("--part", choices=list(PARTS), help="only this one; by default all three")
-    parser.add_argument("--weights", help="a .safetensors to go on from; by default random weights")
+    parser.add_argument("--weights", help="a .safetensors to start from; by default random weights")
     parser.add_argument("--out", help="output goes to OUT-vae, OUT-vlm, OUT-mmdit; default: runs/pretrain")
     parser.set_defaults(data=None, shard="ddp", ema_on_host=False)
     train.add_common_arguments(parser)
@@ -179,7 +224,7 @@ def parse_arguments(arguments):
 
 
 def pretrain(args):
-    """All parts that the command line asks for, each from what the one before has made -> exit status."""
+    """Train the parts that the command line asks for, each from the one before -> exit status."""
     folder, weights = Path(args.out or "runs/pretrain"), args.weights
     for part in [args.part] if args.part else PARTS:
         out = folder.with_name(f"{folder.name}-{part}")

@@ -1,13 +1,15 @@
-"""Claims about the toy world, stage 0 and the miniature benchmarks; a test's name is the claim."""
+"""Claims about the toy world, stage 0 and the small benchmarks; each test's name is a claim."""
 
+import collections
 import functools
 import itertools
 import json
+import math
 import re
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # pytest runs from anywhe
 
 import train
 import vino
-from toy import benchmark, figures, pretrain, world
-from vino import Config, InputError, Vino
+from toy import benchmark, figures, language, pretrain, world
+from vino import Config, Vino
 
 HERE = Path(__file__).parent.parent
 
@@ -31,16 +33,33 @@ def toy():
     return world.ToyWorld(train.make_stage("3", config, {}), config, 0)
 
 
+def words_of(text):
+    return re.findall("[a-z]+", text.lower())
+
+
 def scene_of(*objects, ground="gray"):
-    return world.Scene(ground, [world.Object(*words, (0, 0)) for words in objects])
+    return world.Scene(ground, [*objects])
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The toy world
-# ----------------------------------------------------------------------------------------------------------
+def clips_of(*scenes):
+    return [*world.render(scenes, 9, 64, "cpu")]
 
 
-def test_samples_depend_on_their_number_only_and_a_steps_samples_have_one_layout(toy):
+def sample_of(target, told=None, video=None, relation=""):
+    return world.Sample("", "", "", [], video, target, told or target, relation)
+
+
+RED = figures.thing("circle", "red", "small", "left", "moving right")
+BLUE = figures.thing("square", "blue", "small", "right", "growing")
+GREEN = figures.thing("cross", "green", "small", "left", "growing")
+CYAN = figures.thing("circle", "cyan", "large", "right")
+TWO = scene_of(GREEN, CYAN)
+
+
+# --- The toy world ------------------------------------------------------------------------------------------
+
+
+def test_samples_depend_only_on_their_number_and_all_samples_of_a_step_have_one_layout(toy):
     again = world.ToyWorld(toy.stage, toy.config, 0)
     for name, task in world.TASKS.items():
         samples = [toy.draw(name, 40, index) for index in range(40, 56)]
@@ -53,64 +72,231 @@ def test_samples_depend_on_their_number_only_and_a_steps_samples_have_one_layout
         assert len(videos) - sum(videos) in task.images
 
 
-def test_objects_keep_apart_inside_the_frame_in_their_flat_colours(toy):
-    allowed = torch.tensor([*world.COLORS.values(), *world.BACKGROUNDS.values()])
-    for name, task in world.TASKS.items():
-        samples = [toy.draw(name, 0, index) for index in range(24)]
-        times = (0, 0.5, 1) if task.clip else (0,)
-        for item, time in itertools.product(samples, times):
-            for x, y, r in [world.trace(thing, time) for thing in item.target.objects]:
-                assert min(x, y, 64 - x, 64 - y) >= r - 1e-6, (name, item)
-        pixels = (toy.collate(name, samples, "cpu").target + 1) * 127.5
-        pixels = pixels.permute(0, 2, 3, 4, 1).reshape(-1, 3)
-        flat = (torch.cdist(pixels, allowed.float()).min(1).values < 0.6).float().mean()
-        assert flat > 0.9, name  # what is left are edges
+@functools.cache
+def drawn(phrasing):
+    """Pairs (task, Sample): 500 of each layout of each task."""
+    layouts = [(name, images) for name, task in world.TASKS.items() for images in task.images]
+    return [
+        (name, world.make_sample(f"tests {number}", name, images, phrasing))
+        for name, images in layouts
+        for number in range(500)
+    ]
 
 
-def test_short_captions_count_and_relate_truly():
-    seen = Counter()
-    for number in range(300):
-        sample = world.SampleMaker(f"captions {number}").caption(0, False)
-        objects, short = sample.target.objects, sample.short_prompt
-        seen[sample.kind] += 1
+def test_objects_keep_clear_of_each_other_and_of_the_frames_edge_in_every_frame():
+    for name, sample in [*drawn("known"), *drawn("unknown")]:
+        for scene in filter(None, [*sample.images, sample.video, sample.target]):
+            moves = scene is sample.video or scene is sample.target and world.TASKS[name].clip
+            for frame in range(9 if moves else 1):
+                places = [world.trace(item, frame / 8) for item in scene.objects]
+                for x, y, r in places:
+                    assert min(x, y, 64 - x, 64 - y) >= r + 1.5 - 1e-6, (name, sample)
+                for (x, y, r), (u, v, q) in itertools.combinations(places, 2):
+                    # Bounding boxes are apart, or circles large enough to hold a square's corners.
+                    gap = max(abs(x - u), abs(y - v), math.dist((x, y), (u, v)) / 1.28)
+                    assert gap >= r + q, (name, sample)
+
+
+def test_scenes_are_drawn_in_their_flat_colours():
+    allowed = torch.tensor([*world.COLORS.values(), *world.BACKGROUNDS.values()]).float()
+    pixels = world.render([sample.target for _, sample in drawn("known")[::100]], 3, 64, "cpu")
+    pixels = (pixels.transpose(0, 1).flatten(1).T + 1) * 127.5  # [N, 3]
+    flat = torch.cdist(pixels, allowed).min(1).values < 0.6
+    assert flat.float().mean() > 0.9  # what is left are edges
+
+
+def test_motions_are_large_and_begin_wherever_there_is_room():
+    starts = collections.defaultdict(set)
+    for name, sample in drawn("known"):
+        if name == "motion":
+            [item], [other] = sample.target.objects, sample.video.objects
+            assert item.motion == other.motion != "standing still"
+            starts[item.motion].add((item.cell, other.cell))
+        for item in sample.target.objects if world.TASKS[name].clip else []:
+            (x, y, r), (u, v, q) = world.trace(item, 0), world.trace(item, 1)
+            way = math.dist((x, y), (u, v))
+            assert item.motion == "standing still" or way >= 10 or abs(r - q) >= 4
+    room = {cell for cell in world.CELLS if "bottom" not in cell}
+    assert {cell for cell, _ in starts["moving down"]} == room
+    assert all(any(one != other for one, other in pairs) for pairs in starts.values()) and len(starts) == 6
+
+
+# --- The language -------------------------------------------------------------------------------------------
+
+SYNONYMS = {
+    "disc disk dot discs circles": "circle", "box block boxes squares": "square",
+    "rhombus diamonds": "diamond", "plus pluses crosses": "cross", "triangles": "triangle", "grey": "gray",
+    "violet": "purple", "turquoise": "cyan", "little tiny smaller": "small", "backdrop": "background",
+    "big huge bigger larger": "large", "upper": "top", "lower": "bottom", "centre middle": "center",
+}  # fmt: skip
+MEANING = {word: name for words, name in SYNONYMS.items() for word in words.split()}
+WORDS = language.toy_tokenizer().get_vocab()
+PATTERNS = [  # kind of fact, what to look for, in this order, and its name if that is another
+    ("motion", r"(stand|stay|remain)\w* (still|(in )?place|where \w+)|not mov\w+", "standing still"),
+    ("motion", r"(grow|expand)\w*|(get|becom)\w* large", "growing"),
+    ("motion", r"shrink\w*|(get|becom)\w* small", "shrinking"),
+    ("motion", r"(mov|go|slid|head)\w* (from \w+ )?(to )?(the )?left", "moving left"),
+    ("motion", r"(mov|go|slid|head)\w* (from \w+ )?(to )?(the )?right", "moving right"),
+    ("motion", r"(mov|go|head)\w* (from \w+ to top|up|upwards)|ris\w+", "moving up"),
+    ("motion", r"(mov|go|head)\w* (from \w+ to bottom|down|downwards)|fall\w+", "moving down"),
+    *[("background", rf"((over|in front of|on) (a )?(background )?(that is )?)?{name}", name)
+      for name in world.BACKGROUNDS],
+    ("cell", "(top|bottom) (left|right)|center", ""),
+    ("relation", "left (side )?of", "left of"), ("relation", "right (side )?of", "right of"),
+    ("relation", "above|over", "above"), ("relation", "below|under", "below"),
+    ("cell", "top|bottom|left|right", ""),
+    ("size", "shrink|reduce", "small"), ("size", "enlarge|increase", "large"),
+    ("shape", "|".join(world.SHAPES), ""), ("color", "|".join(world.COLORS), ""),
+    ("size", "|".join(world.SIZES), ""),
+]  # fmt: skip
+
+
+def read(text, clip):
+    """What a text says, read without the grammar: {kind of fact: set of words}."""
+    words = [word for word in words_of(text) if word in WORDS]
+    text, found = " ".join(MEANING.get(word, word) for word in words), collections.defaultdict(set)
+    for kind, pattern, name in PATTERNS:
+        if clip or kind != "motion":
+            pattern = re.compile(rf"\b({pattern})\b")
+            found[kind] |= {name or match[0] for match in pattern.finditer(text)}
+            text = pattern.sub("|", text)
+    return found
+
+
+def facts_of(scene, relation=""):
+    """What a Scene says, in the same form."""
+    facts = {"background": {scene.background} - {None}, "relation": {relation} - {""}}
+    for kind in ("shape", "color", "size", "cell", "motion"):
+        facts[kind] = {getattr(item, kind) for item in scene.objects} - {None}
+    return facts
+
+
+@pytest.mark.parametrize("phrasing", ["known", "unknown"])
+def test_a_request_states_what_is_told_and_nothing_else_and_all_of_it_is_true(phrasing):
+    for name, sample in drawn(phrasing):
+        if name not in ("t2i", "t2v"):
+            continue
+        clip = name == "t2v"
+        found, told = read(sample.short_prompt, clip), facts_of(sample.told, sample.relation)
+        if found["relation"] == {world.OPPOSITE.get(sample.relation)}:  # "left of the square is a circle"
+            found["relation"] = {sample.relation}
+        assert all(found[kind] == told[kind] for kind in told if kind != "motion" or clip), sample
+        for item, whole in zip(sample.told.objects, sample.target.objects, strict=True):
+            assert all(fact in (None, own) for fact, own in zip(item[:5], whole)), sample
+        assert sample.told.background in (None, sample.target.background)
+        if sample.relation:
+            (x, y, _), (u, v, _) = (world.trace(item, 0) for item in sample.target.objects)
+            assert {"left of": x < u, "right of": x > u, "above": y < v, "below": y > v}[sample.relation]
         if sample.kind == "counting":
-            assert short.startswith({2: "two ", 3: "three "}[len(objects)])
-            assert len({item[:3] for item in objects}) == 1
-        if sample.kind == "position":
-            (x, y, _), (u, v, _) = (world.trace(item, 0) for item in objects)
-            assert (x < u and "left of" in short) or (x > u and "right of" in short) or (
-                y < v and "above" in short) or (y > v and "below" in short)  # fmt: skip
-    assert all(seen[kind] > 40 for kind in ("", "counting", "position"))
+            number = len(sample.target.objects)
+            words = {2: r"\b(two|2|pair)\b|^an? (image|video)", 3: r"\b(three|3)\b|^an? image"}[number]
+            assert re.search(words, sample.short_prompt.lower())
+            assert len({item[:3] for item in sample.target.objects}) == 1
 
 
-def test_what_is_seen_is_described_in_reading_order_and_what_is_expanded_in_the_texts():
-    for number in range(40):
-        maker = world.SampleMaker(f"orders {number}")
-        expanded, seen = maker.rewrite(0, True), maker.look(0, True)
-        reading = sorted(seen.target.objects, key=lambda item: [*world.CELLS].index(item.cell))
-        for told, objects in ((expanded, expanded.target.objects), (seen, reading)):
-            words = re.findall(r"A (\w+) (\w+) (\w+) starts at", world.describe(told, clip=True))
-            assert words == [(item.size, item.color, item.shape) for item in objects]
-            names = [told.prompt.find(f"{item.color} {item.shape}") for item in objects]
-            assert names == sorted(names)  # in the text too, where it names them
+@pytest.mark.parametrize("phrasing", ["known", "unknown"])
+def test_an_edit_names_what_changes_and_nothing_that_is_neither_in_source_nor_target(phrasing):
+    for name, sample in drawn(phrasing):
+        if name not in ("ti2i", "tv2v"):
+            continue
+        source, target = sample.video or sample.images[-1], sample.target
+        found, told = read(sample.short_prompt, False), facts_of(sample.told)
+        before, after = facts_of(source), facts_of(target)
+        for kind in ("shape", "color", "size", "cell", "background"):
+            assert found[kind] <= before[kind] | after[kind], sample
+            assert told[kind] - before[kind] <= found[kind], sample
+        changed = [item for item in source.objects if item not in target.objects]
+        assert len(changed) <= (2 if re.search("both|all|everything", sample.short_prompt) else 1)
 
 
-def test_every_word_of_the_toy_world_is_one_token_and_other_words_are_bytes():
-    tokenizer = world.toy_tokenizer()
-    for name, task in world.TASKS.items():
-        sample = world.make_sample("other words", name, max(task.images))
-        words = tokenizer.pre_tokenizer.pre_tokenize_str(sample.prompt)
-        encoded = tokenizer.encode(sample.prompt)
-        assert len(encoded.ids) == len(words) and tokenizer.decode(encoded.ids) == sample.prompt
-    assert len(tokenizer.encode("corgi").ids) == 5
-    assert tokenizer.to_str() == vino.read_metadata(train.TINY, None)[1].to_str()
+def test_captions_state_every_fact_in_the_order_of_the_text_or_with_references_in_reading_order():
+    for name, sample in drawn("known"):
+        clip, seen = world.TASKS[name].clip, bool(sample.images or sample.video)
+        caption = world.describe(sample.target, clip, ordered=not seen)
+        is_video, scene = benchmark.read_caption(caption)
+        told = sample.target.objects
+        if seen:
+            told = sorted(told, key=lambda item: [*world.CELLS].index(item.cell))
+        assert is_video == clip and scene.background == sample.target.background
+        fields = 5 if clip else 4  # no motion
+        assert [item[:fields] for item in scene.objects] == [item[:fields] for item in told]
+        assert sample.prompt in (caption, sample.short_prompt)
+        if not seen and len(told) == 2 and told[0].shape != told[1].shape and told[0].color != told[1].color:
+            words = [MEANING.get(word, word) for word in words_of(sample.short_prompt)]
+            assert words.index(told[0].shape) < words.index(told[1].shape)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Stage 0
-# ----------------------------------------------------------------------------------------------------------
+def test_held_out_phrases_and_layouts_are_never_drawn_in_training_but_their_words_are(toy):
+    texts, layouts = {}, {}
+    for phrasing in ("known", "unknown"):
+        samples = [sample for _, sample in drawn(phrasing)]
+        texts[phrasing] = {tuple(words_of(sample.short_prompt)) for sample in samples}
+        scenes = [scene for sample in samples for scene in [*sample.images, sample.target]]
+        pairs = [itertools.combinations([item.cell for item in scene.objects], 2) for scene in scenes]
+        layouts[phrasing] = {frozenset(pair) for pair in itertools.chain(*pairs)}
+    assert not texts["known"] & texts["unknown"]
+    assert not layouts["known"] & world.HELD_OUT_LAYOUTS and world.HELD_OUT_LAYOUTS <= layouts["unknown"]
+    known, unknown = ({*itertools.chain(*texts[phrasing])} for phrasing in texts)
+    assert unknown & {*WORDS} <= known
+    trained = [toy.draw("ti2i", 0, index) for index in range(50)]
+    assert trained == [world.make_sample(f"0 ti2i {index}", "ti2i", 1, "known") for index in range(50)]
 
-SMALL = {  # tiny_config.json, smaller
+
+EXAMPLES = [  # what people typed; "!" marks what only a held-out phrase makes
+    ("A small blue square on a white background.", "image", [BLUE]),
+    ("!RED CIRCLE", "image", [RED]),
+    ("!a picture of a red circle", "image", [RED]),
+    ("!Two green crosses", "image", [GREEN, GREEN]),
+    ("A red circle and a blue square on a white background.", "image", [RED, BLUE]),
+    ("!the green cross is getting bigger", "clip", [GREEN]),
+    ("!a red circle moves to the right", "clip", [RED]),
+    ("!turn it blue", "recolor", [RED]),
+    ("!remove the circle", "remove", [RED]),
+    ("!Change the color of the red circle to blue.", "recolor", [RED]),
+    ("!make both blue", "recolor", [RED, GREEN._replace(cell="bottom", motion="standing still")]),
+]
+
+
+@pytest.mark.parametrize("text, how, objects", EXAMPLES)
+def test_the_grammar_can_make_what_people_type(text, how, objects):
+    maker, scene = world.SampleMaker(0, "unknown"), scene_of(*objects, ground="white")
+    for _ in range(100_000):
+        maker.held_out = False
+        if how in ("image", "clip"):
+            said, _, _ = maker.phrase(scene, how == "clip", "counting")
+        else:
+            sample = maker.change(how, scene, [scene_of(BLUE)], False, False)
+            said = sample.short_prompt if sample else ""
+        if words_of(said) == words_of(text):
+            assert maker.held_out == text.startswith("!")
+            return
+    raise AssertionError(text)
+
+
+def test_a_word_known_or_not_is_one_token_whatever_its_case_and_the_punctuation_around_it():
+    tokenizer = language.toy_tokenizer()
+    assert tokenizer.get_vocab_size() < 512
+    ids = tokenizer.encode("a red circle at the left").ids
+    assert tokenizer.token_to_id(language.UNKNOWN) not in ids
+    for text in ("A RED Circle at the left", '"a red circle", (at the left)!', "a red-circle;at\tthe left?"):
+        assert tokenizer.encode(text).ids == ids
+    strange = tokenizer.encode("a Corgi-coloured circle's corgi").tokens
+    assert strange == ["a", language.UNKNOWN, language.UNKNOWN, "circle", "s", language.UNKNOWN]
+    for name, sample in drawn("known"):
+        caption = world.describe(sample.target, world.TASKS[name].clip)
+        assert tokenizer.decode(tokenizer.encode(caption).ids) == caption
+    video = SimpleNamespace(grid=(1, 2, 2), is_video=True)
+    prompt = vino.build_prompts(tokenizer, ["Make it red"], [video], 2).ids[0].tolist()
+    words = [tokenizer.id_to_token(token) for token in prompt]
+    assert language.UNKNOWN not in words and " ".join(words).endswith(  # figure 4's
+        "user \n video 1 : < 0 . 0 seconds > <|vision_start|> <|video_pad|> <|vision_end|> make it red "
+        "<|im_end|> \n <|im_start|> assistant \n"
+    )
+
+
+# --- Stage 0 ------------------------------------------------------------------------------------------------
+
+SMALL = {  # changes that make tiny_config.json smaller
     "text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
              "num_key_value_heads": 1, "head_dim": 16, "mrope_section": [3, 3, 2]},
     "vision": {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
@@ -140,17 +326,14 @@ def test_each_part_trains_its_own_module_and_the_text_encoder_is_thrown_away(par
     assert not any("native" in name for name in models["mmdit"])
 
     def changed(before, after):
-        names = {
-            name for name, tensor in models[before].items() if not torch.equal(tensor, models[after][name])
-        }
-        return {name.split(".")[0] for name in names}, {name.split(".")[1] for name in names}
+        return [name for name in models[after] if not torch.equal(models[before][name], models[after][name])]
 
-    assert changed("vae", "vlm") == ({"mm_encoder"}, {"mm_encoder"})  # not the connectors
-    assert changed("vlm", "mmdit")[0] == {"transformer"}
+    assert {name.split(".")[0] for name in changed("vlm", "mmdit")} == {"transformer"}
+    assert {name.split(".")[1] for name in changed("vae", "vlm")} == {"mm_encoder"}  # not the connectors
 
 
 @torch.no_grad()
-def test_latents_are_as_wide_as_the_noise(parts, toy):
+def test_latents_have_about_the_standard_deviation_of_the_noise(parts, toy):
     model, latents = Vino.load(parts["vae"]), []
     for task in ("t2i", "t2v"):
         batch = toy.collate(task, [toy.draw(task, 0, index) for index in range(16)], "cpu")
@@ -159,17 +342,30 @@ def test_latents_are_as_wide_as_the_noise(parts, toy):
 
 
 @torch.no_grad()
-def test_kept_encodings_give_the_loss_of_new_ones(parts, toy):
+def test_the_vision_towers_features_are_the_same_with_attention_batched_over_frames(parts, toy):
+    encoder = Vino.load(parts["vlm"]).mm_encoder
+    reference = toy.collate("watch", [toy.draw("watch", 0, index) for index in range(3)], "cpu").references[0]
+    expected, names = encoder.encode_vision(reference), [*encoder.state_dict()]
+    for block in encoder.mm_encoder.model.visual.blocks:
+        block.attn = pretrain.BatchedFrameAttention(block.attn)
+    features = encoder.encode_vision(reference)
+    assert [*encoder.state_dict()] == names
+    for ours, theirs in zip(features, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@torch.no_grad()
+def test_kept_encodings_give_the_same_loss_as_new_ones(parts, toy):
     model = Vino.load(parts["mmdit"])
     stage = replace(toy.stage, encode_once=8)
     keeping, objective = world.ToyWorld(stage, toy.config, toy.seed, model), train.Objective(model, 3.0)
     for task in ("t2v", "tiv2v"):
         samples = [keeping.draw(task, 0, index) for index in range(12)]
-        assert {sample.number for sample in samples} == {*range(8)}
-        again = [sample._replace(number=None) for sample in samples]
+        images = samples[0][0]
+        again = [world.make_sample(f"{toy.seed} {task} 0 {number}", task, images) for _, number in samples]
         batches = [keeping.collate(task, chosen, "cpu") for chosen in (samples, samples[::-1], again)]
-        losses = [objective(replace(batch, key=("test",))) for batch in (batches[0], batches[2])]
-        torch.testing.assert_close(*losses)
+        losses = [objective(replace(batch, key=("test",))) for batch in batches]
+        torch.testing.assert_close(losses[0], losses[2])
         assert batches[1].latents is not None and batches[2].latents is None
 
 
@@ -193,9 +389,7 @@ def test_the_answers_loss_is_next_token_cross_entropy_whatever_the_padding(parts
     torch.testing.assert_close(together[0], expected, rtol=1e-4, atol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The benchmarks
-# ----------------------------------------------------------------------------------------------------------
+# --- The benchmarks -----------------------------------------------------------------------------------------
 
 
 def blurred(pixels):
@@ -204,36 +398,37 @@ def blurred(pixels):
     return 0.7 * pixels + 0.075 * spread + 0.07 * torch.randn(pixels.shape, generator=torch.manual_seed(0))
 
 
-def test_the_benchmarks_see_each_scene_of_the_toy_world_through_blur_and_noise(toy):
+def test_the_benchmarks_recognize_scenes_through_blur_and_noise(toy):
     right = []
-    for task, count, times in (("t2i", 150, [0]), ("t2v", 20, [0, 0.5, 1])):
+    for task, count in (("t2i", 150), ("t2v", 20)):
         samples = [toy.draw(task, 0, index) for index in range(count)]
-        pixels = blurred(toy.collate(task, samples, "cpu").target)
-        for sample, clip in zip(samples, pixels):
-            frames = clip[:, [round(time * (clip.shape[1] - 1)) for time in times]]
-            seen = benchmark.detect(frames.transpose(0, 1))
-            right += [benchmark.fits(a, sample.target, time) for a, time in zip(seen, times, strict=True)]
-    assert len(right) == 210 and sum(right) >= 208
+        for sample, clip in zip(samples, blurred(toy.collate(task, samples, "cpu").target)):
+            seen = benchmark.detect(clip.transpose(0, 1))
+            right.append(benchmark.obeys(seen, sample_of(sample.target)))
+    assert len(right) == 170 and sum(right) >= 168
 
 
-ONE = ("cross", "red", "small", "left", "growing")
-TWO = ("circle", "cyan", "large", "right", "standing still")
-TOLD = scene_of(ONE, TWO)
+def test_an_output_is_right_if_all_that_the_text_states_is_there_and_nothing_else():
+    others = {"shape": "square", "color": "red", "size": "small", "cell": "top right", "motion": "moving up"}
+    outputs = [scene_of(GREEN, CYAN._replace(**{field: word})) for field, word in others.items()]
+    outputs += [TWO, scene_of(*TWO.objects, ground="white"), scene_of(GREEN)]
+    outputs.append(scene_of(*TWO.objects, figures.thing("square", "blue", "small", "top")))
+    clips = clips_of(*outputs)
+
+    def right(told):
+        values = [benchmark.score_phrasing("clips, known", sample_of(TWO, told), clip, clips[5], None)
+                  for clip in clips]  # fmt: skip
+        return [value["clips", "known"] for value in values]
+
+    assert right(TWO) == [False] * 5 + [True] + [False] * 3
+    free = world.Scene(None, [GREEN, CYAN._replace(size=None, cell=None)])
+    assert right(free) == [False, False, True, True, False, True, True, False, False]
 
 
-def test_a_frame_fits_a_scene_only_if_every_object_and_the_ground_do():
-    others = [scene_of(ONE), scene_of(ONE, TWO, ground="white")]
-    others.append(scene_of(ONE, TWO, ("square", "blue", "small", "top", "standing still")))
-    changes = {0: "square", 1: "green", 2: "small", 3: "top right"}
-    others += [scene_of(ONE, (*TWO[:field], word, *TWO[field + 1 :])) for field, word in changes.items()]
-    seen = benchmark.detect(world.render([TOLD, *others], 1, 64, "cpu")[:, :, 0])
-    assert [benchmark.fits(frame, TOLD) for frame in seen] == [True] + [False] * len(others)
-
-
-def test_clips_are_scored_by_what_moves_how_and_who_is_where():
-    swapped, still = scene_of((*TWO[:2], *ONE[2:]), (*ONE[:2], *TWO[2:])), scene_of((*ONE[:4], TWO[4]), TWO)
-    sample = world.Sample("", "", "", [], TOLD, TOLD)
-    clips = [*world.render([TOLD, swapped, still, scene_of(ONE)], 9, 64, "cpu")]
+def test_clips_are_scored_by_what_is_where_and_how_it_moves():
+    swapped = scene_of(world.Object(*CYAN[:2], *GREEN[2:]), world.Object(*GREEN[:2], *CYAN[2:]))
+    still, sample = scene_of(GREEN._replace(motion="standing still"), CYAN), sample_of(TWO)
+    clips = clips_of(TWO, swapped, still, scene_of(GREEN))
     casts = [benchmark.score_cast("2", sample, clip, clips[0], None) for clip in clips]
     names = ("identities kept", "motion class", "identities right", "identities swapped")
     assert [tuple(cast["2", name] for name in names) for cast in casts] == [
@@ -241,49 +436,77 @@ def test_clips_are_scored_by_what_moves_how_and_who_is_where():
         (True, False, True, False), (False, False, False, False),
     ]  # fmt: skip
     assert [cast["2", "first frame, dB"] > 59 for cast in casts] == [True, False, True, False]
-    edits = [benchmark.score_edit("x", sample, clip, clips[0], clips[3]) for clip in clips]
-    assert [values["x", "success"] for values in edits] == [True, False, False, False]
     flicker = torch.tensor([0.08, -0.08] * 4 + [0.08])[:, None, None]
     clips += [clips[0][:, [0, 1, 2, 3, 7, 4, 5, 6, 8]], clips[0] + flicker]
+    [white] = clips_of(TWO._replace(background="white"))
+    clips += [white, torch.cat([clips[0][:, :4], white[:, 4:]], 1)]
     rows = [benchmark.score_clip("clips", sample, clip, None, None) for clip in clips]
     names = ("subject consistency", "motion smoothness", "dynamic degree", "motion class")
-    assert [tuple(row[name, "right"] for name in names) for row in rows] == [
+    assert [tuple(row[name, "right"] for name in names) for row in rows[:6]] == [
         (True, True, True, True), (True, True, True, False), (True, True, False, False),
         (True, True, True, False), (True, False, True, True), (True, True, True, True),
     ]  # fmt: skip
-    assert [round(row["temporal flickering", "gray levels"]) for row in rows] == [0] * 5 + [20]
-    white = world.render([TOLD._replace(background="white")], 9, 64, "cpu")[0]
-    pieces = [white, torch.cat([clips[0][:, :4], white[:, 4:]], 1)]  # which one it is, the row does not ask
-    rows = [benchmark.score_clip("clips", sample, clip, None, None) for clip in pieces]
-    assert [row["background consistency", "right"] for row in rows] == [True, False]
+    assert [round(row["temporal flickering", "gray levels"]) for row in rows[:6]] == [0] * 5 + [20]
+    assert [row["background consistency", "right"] for row in rows] == [True] * 7 + [False]
 
 
-def test_answers_are_scored_word_by_word():
-    sample = world.Sample("", "", "", [], TOLD, scene_of(ONE))
-    for text, wrong in {
-        "A video on a gray background. A small red cross starts at the left and is growing.": "",
-        "A small red cross grows at the left": "background",
-        "On a gray background, a large red cross moves left from the top left.": "size motion cell",
-        "A small red or blue circle is growing left, on a white background": "colour shape background",
-    }.items():
+def test_answers_are_scored_fact_by_fact():
+    sample = sample_of(scene_of(GREEN), video=TWO)
+    for text, wrong in (
+        ("A video on a gray background. A small green cross starts at the left and is growing.", ""),
+        ("a video on a gray background. a large green cross starts at the top left and is moving left.",
+         "size motion cell"),
+        ("An image on a white background. A small blue circle is at the left.",
+         "colour shape background motion"),
+        ("a small green cross grows at the left", "colour shape background motion size cell"),
+    ):  # fmt: skip
         values = benchmark.score_answer("clips", sample, text, None, None)
         assert len(values) == 6
         assert {name for (name, _), right in values.items() if not right} == {*wrong.split()}, text
+
+
+def test_captions_may_choose_only_what_the_prompt_leaves_free():
     clip, image = torch.zeros(3, 9, 64, 64), torch.zeros(3, 1, 64, 64)
-    for target, answer, right in ((clip, True, True), (image, False, True), (clip, False, False)):
-        score = benchmark.score_told("x", sample, world.describe(sample, answer), target, None)
-        assert score == {("x", "right"): right}
+    free = world.Scene(None, [RED._replace(color=None, size=None, cell=None), BLUE._replace(cell=None)])
+    sample = sample_of(scene_of(RED, BLUE), free, relation="left of")
+    for objects, target, kept in (
+        ((RED, BLUE), clip, True),
+        ((BLUE, RED), clip, True),
+        ((RED._replace(color="green"), BLUE), clip, True),
+        ((RED, BLUE), image, False),
+        ((RED,), clip, False),
+        ((RED._replace(motion="shrinking"), BLUE), clip, False),
+        ((RED, BLUE._replace(color="green")), clip, False),
+        ((RED._replace(cell="right"), BLUE._replace(cell="left")), clip, False),
+    ):
+        answer = world.describe(scene_of(*objects), clip=True)
+        score = benchmark.score_caption("x, known", sample, answer, target, None)
+        assert score == {("x", "known"): kept}, objects
+    answer = world.describe(scene_of(RED, BLUE, ground="white"), clip=True)
+    score = benchmark.score_caption("x", sample_of(sample.target), answer, clip, None)
+    assert score == {("x", "right"): False}
 
 
-def test_perfect_outputs_are_all_right_in_every_benchmark(toy):
-    ideal = {"answer": lambda batch: batch.answers}
+def test_the_overlap_of_shapes_falls_when_corners_are_lost():
+    square = figures.thing("square", "red", "large", "left", "moving right")
+    sample = sample_of(scene_of(square))
+    sharp, melted = clips_of(sample.target, scene_of(square._replace(shape="circle")))
+    late = torch.cat([sharp[:, :8], melted[:, 8:]], 1)
+    scores = [benchmark.score_shapes("x", sample, clip, None, None) for clip in (sharp, late, melted)]
+    assert [score["x", "0.85 in all frames"] for score in scores] == [True, False, False]
+    assert scores[0]["x", "overlap"] > 0.99 > scores[1]["x", "overlap"] > scores[2]["x", "overlap"] < 0.85
+
+
+def test_perfect_outputs_get_the_best_score_in_every_benchmark(toy):
+    ideal = dict.fromkeys(["answer", "rewrite"], lambda batch: batch.answers)
     ideal |= dict.fromkeys(["generate", "autoencode"], lambda batch: batch.target)
     results, _ = benchmark.measure(benchmark.SUITES, 4, toy, "cpu", ideal)
-    assert [len(values) for values in results.values()] == [18, 6, 13, 12, 18, 6, 9, 4]
+    assert [len(values) for values in results.values()] == [12, 12, 18, 6, 13, 12, 18, 6, 9, 4, 4]
     for (row, column), values in itertools.chain(*[suite.items() for suite in results.values()]):
-        best = {"identities swapped": False, "gray levels": 0}
-        best |= dict.fromkeys(["rest, dB", "first frame, dB", "PSNR, dB"], 60)
-        best = best.get(column, True)
+        if column == "overlap":  # rarely just 1: outlines are centred on the pixels that are seen
+            values = [value > 0.9 for value in values]
+        best = {"identities swapped": False, "gray levels": 0}.get(column, True)
+        best = 60 if column.endswith("dB") else best
         assert len(values) >= 2 and set(values) == {best}, (row, column)
 
 
@@ -315,23 +538,18 @@ def test_a_benchmark_writes_its_table_with_intervals_and_its_picture(tmp_path, c
 @torch.no_grad()
 def test_the_queries_share_of_attention_is_measured_without_changing_the_velocity():
     model = Vino.load(train.TINY)
-    condition, latents, t = (
-        model.mm_encoder(["a red circle"], []),
-        torch.randn(1, 16, 1, 8, 8),
-        torch.tensor([0.5]),
-    )
+    condition = model.mm_encoder(["a red circle"], [])
+    latents, t = torch.randn(1, 16, 1, 8, 8), torch.tensor([0.5])
     recorder = benchmark.AttentionShares(64, model.config.num_queries)
     watched = model.transformer(latents, t, condition, recorder)
     torch.testing.assert_close(watched, model.transformer(latents, t, condition))
     blocks = model.config.mmdit.num_layers + model.config.mmdit.num_single_layers
     assert len(recorder.text) == blocks
     assert all(0 < q < text < 1 for q, text in zip(recorder.of_queries, recorder.text))
-    assert 0 < benchmark.queries_share(model, "a red circle", (1, 64, 64), steps=2) < 1
+    assert 0 < benchmark.queries_share(model, "a red circle", steps=2) < 1
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Pictures
-# ----------------------------------------------------------------------------------------------------------
+# --- Pictures -----------------------------------------------------------------------------------------------
 
 
 def test_runs_are_compared_in_a_picture_and_a_table(tmp_path):
@@ -356,11 +574,11 @@ def test_a_gallery_shows_inputs_target_and_every_models_output(tmp_path, monkeyp
         assert picture.n_frames == 9
 
 
-def test_an_unknown_suite_is_one_line():
-    with pytest.raises(SystemExit):
-        benchmark.parse_arguments(["imgedit"])
-    with pytest.raises(InputError):
-        Vino.load("missing.safetensors")
+@pytest.mark.parametrize("call", ["imgedit", "--weights missing.safetensors"])
+def test_a_suite_or_a_file_that_does_not_exist_is_one_line(call, tmp_path, capsys):
+    assert benchmark.main([*call.split(), "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search("imgedit|missing.safetensors", error)
 
 
 @pytest.mark.parametrize(

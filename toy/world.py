@@ -1,45 +1,34 @@
 """The toy world: coloured shapes on flat backgrounds, made on the fly. It stands in for the paper's data.
 
-Scenes are drawn in Python from a seed, put into words, and rendered in torch. Lengths are pixels of a
-64-pixel frame; time runs from 0 (first frame) to 1 (last). A target follows from text and references alone:
-what is not mentioned stays as it is shown.
+Scenes are drawn in Python from a seed, put into words (language.py), and rendered in torch. Lengths are
+pixels of a 64-pixel frame; time runs from 0 (first frame) to 1 (last). What a text leaves out stays as the
+references show it, or is free if they do not show it.
 """
 
 import math
-import random
-import re
 from collections import namedtuple
-from itertools import chain, combinations, product
+from dataclasses import replace
+from functools import lru_cache
+from itertools import chain, combinations, groupby
+from zlib import crc32
 
 import torch
+from tqdm import tqdm
 
 import train
-from train import HERE, Batch, Source, Task, chance
-from vino import (
-    SYSTEM_PROMPT,
-    Config,
-    EncodedReference,
-    Reference,
-    byte_tokenizer,
-    patchify,
-    resize,
-    spread_frames,
-    vlm_size,
-)
+from toy.language import Speaker, Words
+from train import Batch, Source, Task, chance
+from vino import Reference, patchify, resize, spread_frames, vlm_size
 
-# The last four are stage 0's: the VLM puts what it sees, or a short prompt, into words.
-TASKS = train.TASKS | {
+TASKS = train.TASKS | {  # the last two are stage 0's: the VLM describes what it sees
     "look": Task((1, 2, 3)),
     "watch": Task((0,), video=True, clip=True),
-    "rewrite": Task((0,)),
-    "rewrite_clip": Task((0,), clip=True),
 }
-METHODS = {  # of SampleMaker
-    "t2i": "caption", "t2v": "caption", "i2v": "caption", "ti2i": "edit", "ti2i_ref": "edit", "ti2v": "cast",
+METHODS = {  # which method of SampleMaker makes the samples of a task
+    "t2i": "request", "t2v": "request", "i2v": "animate", "ti2i": "edit", "ti2i_ref": "edit", "ti2v": "cast",
     "tv2v": "edit", "tiv2v": "edit", "motion": "clone", "reconstruction": "copy", "selection": "copy",
-    "look": "look", "watch": "look", "rewrite": "rewrite", "rewrite_clip": "rewrite",
+    "look": "look", "watch": "look",
 }  # fmt: skip
-REWRITE_PREFIX = Config.from_file(HERE / "tiny_config.json").sampling.rewrite_prefix
 
 # fmt: off
 SHAPES = {  # signed distance from (±x, y) to the edge of a shape of radius r around (0, 0)
@@ -51,50 +40,53 @@ SHAPES = {  # signed distance from (±x, y) to the edge of a shape of radius r a
 COLORS = {"red": (230, 40, 40), "green": (40, 180, 60), "blue": (50, 90, 230),
           "yellow": (245, 210, 40), "purple": (150, 60, 200), "cyan": (40, 200, 220)}
 BACKGROUNDS = {"black": (0, 0, 0), "white": (255, 255, 255), "gray": (128, 128, 128)}
-SIZES = {"small": 8, "large": 14}
-CELLS = {"top left": (16, 16), "top": (32, 16), "top right": (48, 16),
-         "left": (16, 32), "center": (32, 32), "right": (48, 32),
-         "bottom left": (16, 48), "bottom": (32, 48), "bottom right": (48, 48)}
-Motion = namedtuple("Motion", "does start change")  # which side keeps it in the frame; d(x, y, r)
-MOTIONS = {"standing still": Motion("stands still", "", (0, 0, 0)),
-           "moving left": Motion("moves left", "right", (-24, 0, 0)),
-           "moving right": Motion("moves right", "left", (24, 0, 0)),
-           "moving up": Motion("moves up", "bottom", (0, -24, 0)),
-           "moving down": Motion("moves down", "top", (0, 24, 0)),
-           "growing": Motion("grows", "", (0, 0, 6)),
-           "shrinking": Motion("shrinks", "", (0, 0, -6))}
-TOLD = {"recolor": "[Make|Paint] {it}( in {base}) {new.color}.",  # edits, told or shown; see SampleMaker.say
-        "replace": "Replace {it}( in {base}) [with|by] a {new.color} {new.shape}.",
-        "add": "[Add|Put] a {new.size} {new.color} {new.shape} at the {cell}( of {base}).",
-        "remove": "[Remove|Delete] {it}( from {base}).",
-        "background": "[Make|Paint] the background( of {base}) {ground}.",
-        "move": "[Move|Shift] {it}( in {base}) to the {cell}.",
-        "resize": "[Make|Draw] {it}( in {base}) {new.size}."}
-SHOWN = {"recolor": "[Make|Paint] {it}( in {base}) the [color|colour] of the object in {donor}.",
-         "replace": "Replace {it}( in {base}) [with|by] the object of {donor}.",
-         "add": "[Add|Put] the object of {donor} at the {cell}( of {base}).",
-         "background": "[Use|Show] the background of {donor}( in {base}).",
-         "compose": "[Put|Show] the object of {donor} on the background of {base}."}
+SIZES = {"small": 7.5, "large": 12.5}  # radii
+CELLS = {"top left": (15, 15), "top": (32, 15), "top right": (49, 15),
+         "left": (15, 32), "center": (32, 32), "right": (49, 32),
+         "bottom left": (15, 49), "bottom": (32, 49), "bottom right": (49, 49)}
+JITTER = 1  # from a cell's centre to its object's, at most; 1.5 pixels remain to the frame's edge
+GAP = 1.5  # between two objects, at least
+Motion = namedtuple("Motion", "does do change")  # change: d(x, y, r)
+MOTIONS = {"standing still": Motion("stands still", "stand still", (0, 0, 0)),
+           "moving left": Motion("moves left", "move left", (-17, 0, 0)),
+           "moving right": Motion("moves right", "move right", (17, 0, 0)),
+           "moving up": Motion("moves up", "move up", (0, -17, 0)),
+           "moving down": Motion("moves down", "move down", (0, 17, 0)),
+           "growing": Motion("grows", "grow", (0, 0, 5)),
+           "shrinking": Motion("shrinks", "shrink", (0, 0, -5))}
+GROWTH = {"growing": "small", "shrinking": "large"}  # the size to begin with, so that there is room
+STARTS = {name: [cell for cell, (x, y) in CELLS.items() if 15 <= x + dx <= 49 and 15 <= y + dy <= 49]
+          for name, (_, _, (dx, dy, _)) in MOTIONS.items()}  # cells to begin in, so that there is room
+EDITS = (("recolor", "replace", "add", "background", "remove", "move", "resize"),  # described by the text
+         ("recolor", "replace", "add", "background", "compose"))  # shown by another image
+STILL_EDITS = ("move", "resize", "compose")  # only of images
+STYLES = ("item", "item", "sentence", "sentence", "first item")  # rules of language.py that list objects
+HELD_OUT_LAYOUTS = {frozenset(pair) for pair in [  # pairs of cells that training never fills
+    ("top left", "right"), ("top right", "bottom"), ("bottom right", "left"), ("bottom left", "top")]}
 # fmt: on
 Object = namedtuple("Object", "shape color size cell motion jitter")  # size, cell, jitter: in the first frame
-Scene = namedtuple("Scene", "background objects")  # of a clip, or of an image, which shows its first frame
-# kind of edit, texts, scenes; its number, if what the encoders make of it is kept
-Sample = namedtuple("Sample", "kind prompt short_prompt images video target number", defaults=[None])
+Scene = namedtuple("Scene", "background objects")  # of a clip, or of an image, which is its first frame
+# kind: of edit or request; images, video, target: Scenes; told: what short_prompt states of the target, a
+# Scene with None for what is free; relation: of the first object to the second, if short_prompt states it
+Sample = namedtuple("Sample", "kind prompt short_prompt images video target told relation", defaults=[""])
 
 
 def trace(item, time):
-    """Centre and radius (x, y, r) of an object."""
+    """Centre and radius (x, y, r) of an object at a time from 0 to 1."""
     (x, y), (dx, dy, dr) = CELLS[item.cell], MOTIONS[item.motion].change
     return x + item.jitter[0] + time * dx, y + item.jitter[1] + time * dy, SIZES[item.size] + time * dr
 
 
-def describe(sample, clip):
-    """A target in words, always the same ones: what the VLM learns to answer. Objects come in reading order;
-    where there is only a text to expand, in the text's, so that copying is enough."""
-    objects = sample.target.objects
-    if sample.images or sample.video:
-        objects = sorted(objects, key=lambda item: [*CELLS].index(item.cell))
-    sentences = [f"{'A video' if clip else 'An image'} on a {sample.target.background} background."]
+def reading_order(item):
+    """A key to sort objects by: row by row, from left to right."""
+    return [*CELLS].index(item.cell)
+
+
+def describe(scene, clip, ordered=False):
+    """The caption of a scene, always in the same words: what the VLM answers. Objects come in reading order,
+    or, if `ordered`, in the scene's own, which is that of a text."""
+    objects = scene.objects if ordered else sorted(scene.objects, key=reading_order)
+    sentences = [f"{'A video' if clip else 'An image'} on a {scene.background} background."]
     for item in objects:
         place = f"starts at the {item.cell} and is {item.motion}" if clip else f"is at the {item.cell}"
         sentences.append(f"A {item.size} {item.color} {item.shape} {place}.")
@@ -102,221 +94,387 @@ def describe(sample, clip):
 
 
 def is_clear(objects):
-    """True if no two objects come near each other in any of nine frames."""
-    for (a, b), frame in product(combinations(objects, 2), range(9)):
-        (x, y, r), (u, v, q) = trace(a, frame / 8), trace(b, frame / 8)
-        # Two pixels between their boxes will do, or between circles that hold even a square.
-        if max(abs(x - u), abs(y - v)) < r + q + 2 and math.hypot(x - u, y - v) < 1.28 * (r + q) + 2:
-            return False
+    """True if no two objects ever come near each other."""
+    for a, b in combinations(objects, 2):
+        times = (0,) if a.motion == b.motion == "standing still" else (0, 0.25, 0.5, 0.75, 1)
+        for time in times:
+            (x, y, r), (u, v, q) = trace(a, time), trace(b, time)
+            # The gap is between their bounding boxes, or between circles large enough to hold a square.
+            if max(abs(x - u), abs(y - v)) < r + q + GAP and math.hypot(x - u, y - v) < 1.28 * (r + q) + GAP:
+                return False
     return True
 
 
-class SampleMaker(random.Random):
+def distances(x, y, u, v):
+    """How far (x, y) lies in each direction from (u, v)."""
+    return {"left of": u - x, "right of": x - u, "above": v - y, "below": y - v}
+
+
+def relations(first, second):
+    """Where the first object clearly is, seen from the second: a list of names, in the first frame."""
+    apart = distances(*trace(first, 0)[:2], *trace(second, 0)[:2])
+    return [words for words, distance in apart.items() if distance > 8]
+
+
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def placed(item, cell):
+    """The object moved to the middle of a cell, or as it is if it is in that cell already."""
+    return item if item.cell == cell else item._replace(cell=cell, jitter=(0, 0))
+
+
+def join(parts, mark):
+    """Parts as one text, with a mark, such as "and" or ".", before the last one."""
+    between = ". " if mark == "." else ", "
+    text = between.join(parts[:-1]) + f" {mark} {parts[-1]}" if parts[1:] else parts[0]
+    return Words(text.replace(" .", ".").replace(" ,", ","))
+
+
+def facts(item):
+    """What a phrase can say about an object, under the names that language.py uses."""
+    motion = MOTIONS[item.motion]
+    return {
+        "size": item.size, "color": item.color, "shape": item.shape, "cell": item.cell, "motion": item.motion,
+        "does": motion.does, "do": motion.do,
+        "seen shape": f"the {item.shape}", "the cell": f"the {item.cell}",
+    }  # fmt: skip
+
+
+def told_of(item, stated):
+    """The object with None for what a phrase has not stated."""
+    ways = {"size": {"size"}, "color": {"color"},
+            "cell": {"cell", "the cell"}, "motion": {"motion", "does", "do"}}  # fmt: skip
+    free = {field: None for field, names in ways.items() if not stated & names}
+    return item._replace(jitter=None, **free)
+
+
+class SampleMaker(Speaker):
     """Draws scenes from a seed and puts them into words. The method of a task (METHODS) takes the number of
     reference images and whether the target is a clip, and returns a Sample."""
 
-    def say(self, text, short=False):
-        """[this|that] becomes one of the two; (this) is left out of a short text."""
-        text = re.sub(r"\((.*?)\)", "" if short else r"\1", text)
-        return re.sub(r"\[(.*?)\]", lambda match: self.choice(match[1].split("|")), text)
+    def object(self, motion="standing still"):
+        """Any object that has room for its motion."""
+        size = GROWTH.get(motion) or self.choice([*SIZES])
+        jitter = (self.uniform(-JITTER, JITTER), self.uniform(-JITTER, JITTER))
+        cell = self.choice(STARTS[motion])
+        return Object(self.choice([*SHAPES]), self.choice([*COLORS]), size, cell, motion, jitter)
 
-    def object(self, motion="standing still", jitter=2):
-        size = {"growing": "small", "shrinking": "large"}.get(motion) or self.choice([*SIZES])
-        cell = self.choice([cell for cell in CELLS if MOTIONS[motion].start in cell])
-        offset = (self.uniform(-jitter, jitter), self.uniform(-jitter, jitter))
-        return Object(self.choice([*SHAPES]), self.choice([*COLORS]), size, cell, motion, offset)
+    def is_fine(self, objects):
+        """Do the objects keep apart, in a layout that is not held out?"""
+        pairs = () if self.all_phrases else combinations([item.cell for item in objects], 2)
+        return is_clear(objects) and HELD_OUT_LAYOUTS.isdisjoint(map(frozenset, pairs))
 
-    def scene(self, count, clip=False, jitter=2, alike=False):
-        """Objects that keep apart: no two of the same shape and colour, or all `alike`."""
-        motions = [*MOTIONS] if clip else ["standing still"]
-        while True:
-            objects = [self.object(self.choice(motions), jitter) for _ in range(count)]
-            if alike:
-                objects = [Object(*objects[0][:3], *item[3:]) for item in objects]
-            if is_clear(objects) and len({item[:2] for item in objects}) == (1 if alike else count):
-                return Scene(self.choice([*BACKGROUNDS]), objects)
+    def scene(self, count, clip=False, alike=1):
+        """A Scene of `count` objects that keep apart. The first `alike` of them differ only in where they
+        are; any two others differ in shape or colour."""
+        motions, objects, tries = [*MOTIONS] if clip else ["standing still"], [], 0
+        while len(objects) < count:
+            tries += 1
+            if tries % 12 == 0:  # start again: there may be no room left
+                objects = []
+            if objects and len(objects) < alike:
+                item = self.object(objects[0].motion)
+                item = Object(*objects[0][:3], *item[3:])
+            else:
+                item = self.object(self.choice(motions))
+                if any(item[:2] == other[:2] for other in objects):
+                    continue
+            if self.is_fine([*objects, item]):
+                objects.append(item)
+        objects[:alike] = sorted(objects[:alike], key=reading_order)
+        return Scene(self.choice([*BACKGROUNDS]), objects)
 
-    def place(self, name, item, clip):
-        """Where an object is and, in a clip, what it does."""
-        does, start, _ = MOTIONS[item.motion]
-        begins, at = ("starts", "from") if start else ("is", "at")
-        told = f"[{begins} at the {item.cell} and is {item.motion}|{does} {at} the {item.cell}]"
-        return self.say(f"{name} {told if clip else f'[is|stands] at the {item.cell}'}.")
+    def request(self, images, clip):
+        """Text -> image or video. The text states some of the scene, and the rest is free."""
+        most = 2 if clip else 3
+        kinds = ["", "", "", "", "counting"] if clip else ["", "", "", "counting", "position"]
+        kind = self.choice(kinds)
+        count = {"": self.randint(1, most), "counting": self.randint(2, most), "position": 2}[kind]
+        scene = self.scene(count, clip, alike=count if kind == "counting" else 1)
+        if kind == "counting" and count == 3 and self.random() < 0.3:
+            kind, scene = "mixed", self.scene(count, clip, alike=2)
+            if self.random() < 0.5:  # the odd one comes first
+                scene = scene._replace(objects=scene.objects[2:] + scene.objects[:2])
+        text, told, relation = self.phrase(scene, clip, kind)
+        long = describe(scene, clip, ordered=True)
+        if self.random() < 0.05 and not self.all_phrases:
+            text, told, relation = long, scene, ""
+        return Sample(kind, long, self.mumble(text), [], None, scene, told, relation)
 
-    def caption(self, images, clip):
-        """Text -> image or video. With an image, which is the first frame: image -> video."""
-        kind = self.choice(["", "", "counting", "position"]) if not clip else ""
-        number = {"": self.randint(1, 2 if clip else 3), "counting": self.randint(2, 3), "position": 2}[kind]
-        scene = self.scene(number, clip, alike=kind == "counting")
-        ground, article = f"a {scene.background} background", self.choice(["", "a ", "the "])
-        sentences, names = [self.say(f"{'A video' if clip else 'An image'} [on|with] {ground}.")], []
-        for item in scene.objects:
-            sentences.append(self.place(f"A {item.size} {item.color} {item.shape}", item, clip))
-            action = MOTIONS[item.motion].does if images else item.motion
-            detail = f" {action}" if clip else "" if kind else f"[ at the {item.cell}||]"
-            names.append(f"{article}[{item.size} |]{item.color} {item.shape}{detail}")
-        short = " and ".join(names)
-        if kind == "counting":
-            size, color, shape = (getattr(scene.objects[0], name) for name in ("size", "color", "shape"))
-            plural = f"{color} {shape}{'es' if shape == 'cross' else 's'}"
-            short = f"{['two', 'three'][number - 2]} [{size} |]{plural}"
+    def phrase(self, scene, clip, kind=""):
+        """A request for a scene as people type it -> text, the Scene and the relation that it states."""
+        quiet, relation = clip and self.random() < 0.06, ""  # quiet: says nothing of motions
+        style = self.choice(["item", "sentence"] if kind else STYLES)
+        style = "item" if quiet else style
         if kind == "position":
-            short = f"{names[0]} {self.relation(*scene.objects)} {names[1]}"
-        prompt, short = " ".join(sentences), self.say(f"{short}[ on {ground}|]")
-        if images:
-            prompt = self.choice([prompt, f"Animate Image 1: {short}."])
-        return Sample(kind, prompt, short, [scene] * images, None, scene)
+            relation = self.choice(relations(*scene.objects))
+            (first, stated), (second, more) = (self.say("thing", **facts(item)) for item in scene.objects)
+            marks = {"first": Words("{0}"), "second": Words("{1}")}  # the phrases may be alike
+            order, _ = self.say(f"relation {style}", how=relation, **marks)
+            text = Words(order.format(first, second))
+            told = [told_of(*pair) for pair in zip(scene.objects, (stated, more))]
+            if order.index("{1}") < order.index("{0}"):  # objects come in the order of the text
+                relation = OPPOSITE[relation]
+                scene.objects.reverse()
+                told.reverse()
+        else:
+            text, told = self.list_objects(scene.objects, clip and not quiet, style)
+        rule = "request" if style == "item" else "request in sentences"
+        rule = "quiet clip request" if quiet else f"clip {rule}" if clip else rule
+        text, stated = self.say(rule, list=text, ground=scene.background)
+        ground = scene.background if "ground" in stated else None
+        return text + self.choice(["", "."]), Scene(ground, told), relation
 
-    def relation(self, first, second):
-        """Where the first object is, seen from the second."""
-        (x, y, _), (u, v, _) = trace(first, 0), trace(second, 0)
-        true = {"left of": u - x, "right of": x - u, "above": v - y, "below": y - v}
-        return self.choice([words for words, distance in true.items() if distance > 8])
+    def list_objects(self, objects, moving, style):
+        """Objects as items of a list or as sentences -> the text, and what it states of each. Neighbours that
+        look alike are counted: "two red circles"."""
+        rule, phrases, told = style, [], []
+        if moving:
+            rule = style.replace("item", "moving item").replace("sentence", "moving sentence")
+        for group in (list(group) for _, group in groupby(objects, lambda item: item[:3])):
+            words = facts(group[0])
+            shape = words["shape"]
+            if moving:
+                words |= {"shape": f"moving {shape}", "size": f"moving {words['size']}"}
+            if len(group) > 1:
+                words["number"] = "three" if len(group) == 3 else "two moving" if moving else "two"
+                words["plural"] = f"{shape}es" if shape == "cross" else f"{shape}s"
+            text, stated = self.say(f"{rule}s" if len(group) > 1 else rule, **words)
+            phrases.append(text)
+            told += [told_of(item, stated) for item in group]
+        return join(phrases, self.say(f"and {rule}")[0]), told
+
+    def animate(self, images, clip):
+        """Image 1 as the first frame -> video. What the text does not name stands still."""
+        moving = []
+        while not moving:
+            scene = self.scene(self.randint(1, 2), clip=True)
+            moving = [item for item in scene.objects if item.motion != "standing still"]
+        if len({item.shape for item in scene.objects}) == len(scene.objects) and self.random() < 0.4:
+            text, _ = self.list_objects(scene.objects, True, self.choice(STYLES))
+            text, _ = self.say("animated", list=text)
+        else:
+            named = moving if self.random() < 0.7 else scene.objects
+            parts = [self.say("animate", it=self.refer(item, scene), **facts(item))[0] for item in named]
+            text = join(parts, "and")
+        return Sample("", describe(scene, clip), self.mumble(text), [scene], None, scene, scene)
+
+    def refer(self, item, scene, clip=True):
+        """Words for an object of a scene that fit no other object of it."""
+        others = [other for other in scene.objects if other is not item]
+        names = ["by name"]
+        if not others:
+            names += ["only", "only"]
+        if all(other.shape != item.shape for other in others):
+            names += ["by shape", "by shape"]
+        if all(other.color != item.color for other in others):
+            names.append("by color")
+        if others and all(other.size != item.size for other in others):
+            names.append("by size")
+        if not clip:  # in clips, objects leave their places
+            names.append("by place")
+        return self.say(self.choice(names), **facts(item))[0]
 
     def edit(self, images, clip):
-        """The video or the last image, changed as told or as another image shows. Replacing keeps size."""
+        """The video or the last image, changed as the text describes or as another image shows. What the text
+        leaves out stays as it is; of an added object, it is free."""
         donors = images if clip else images - 1
-        edits = SHOWN if donors else TOLD
-        kind = self.choice([kind for kind in edits if not clip or kind not in ("move", "resize", "compose")])
+        kind = self.choice([kind for kind in EDITS[donors > 0] if not clip or kind not in STILL_EDITS])
+        most = (2 if clip else 3) - (kind == "add")
         while True:
+            self.held_out = False
             shown = [self.scene(1) for _ in range(donors or 1)]
-            number = self.randrange(len(shown))
-            scene = self.scene(self.randint(1, (2 if clip else 3) - (kind == "add")), clip)
-            (ground, [new]), (here, [*others, it]) = shown[number], scene
-            cell = self.choice([cell for cell in CELLS if cell != it.cell])
-            # fmt: off
-            target = {"recolor": Scene(here, [*others, it._replace(color=new.color)]),
-                      "replace": Scene(here, [*others, it._replace(color=new.color, shape=new.shape)]),
-                      "add": Scene(here, [*others, it, new._replace(cell=cell, jitter=(0, 0))]),
-                      "remove": Scene(here, others),
-                      "background": Scene(ground, [*others, it]),
-                      "move": Scene(here, [*others, it._replace(cell=cell, jitter=(0, 0))]),
-                      "resize": Scene(here, [*others, it._replace(size=new.size)]),
-                      "compose": Scene(here, [new])}[kind]
-            # fmt: on
-            if is_clear(target.objects) and target not in [scene, *shown]:
-                break
-        color = f"{it.color} " if any(item.shape == it.shape for item in others) else f"[{it.color} |]"
-        base, donor = "Video 1" if clip else f"Image {images}", f"Image {number + 1}"
-        it = f"the {color}{it.shape}"
-        text = edits[kind].format(it=it, base=base, donor=donor, new=new, ground=ground, cell=cell)
-        video, shown = (scene, shown[:donors]) if clip else (None, [*shown[:donors], scene])
-        return Sample(kind, self.say(text), self.say(text, short=True), shown, video, target)
+            scene = self.scene(self.randint(1, most), clip)
+            sample = self.change(kind, scene, shown, donors > 0, clip)
+            if sample:
+                return sample
+
+    def change(self, kind, scene, shown, by_donor, clip):
+        """A Sample that edits a scene, or None if the edit would change nothing, be ambiguous, or lead to a
+        target that may not be drawn. What is new comes from one of the Scenes `shown`: `by_donor`, the text
+        points at that image, else it says it in words."""
+        number = self.randrange(len(shown))
+        (ground, [new]), (here, objects) = shown[number], scene
+        it = self.choice(objects)
+        both = len(objects) == 2 and kind in ("recolor", "remove", "resize") and self.random() < 0.2
+        name = ""
+        if kind not in ("add", "background", "compose"):  # their texts name no object of the scene
+            name = self.say("each")[0] if both else self.refer(it, scene, clip)
+        changed = objects if both else [it]
+        others = [item for item in objects if item not in changed]
+        cell = self.choice([cell for cell in CELLS if cell != it.cell])
+        words = facts(new._replace(cell=cell)) | {
+            "it": name, "new": new.color, "ground": ground, "made": f"made {new.size}",
+            "scale": f"scale {new.size}", "what": "clip" if clip else "picture", "k": str(number + 1),
+            "donor": "of Image", "donor ground": "ground of Image",
+        }  # fmt: skip
+        inside = "inside the video" if clip else "inside the image"
+        if by_donor and not clip:
+            inside = self.say("inside Image", k=str(len(shown) + 1))[0]
+            if kind == "compose":
+                words["base ground"] = self.say("ground of Image", k=str(len(shown) + 1))[0]
+        text, stated = self.say(f"{kind} as" if by_donor and kind != "compose" else kind, **words)
+        if kind != "compose":
+            text, _ = self.say("edit", text=text, inside=inside)
+        color = new.color if by_donor or "color" in stated else it.color
+        size = new.size if "size" in stated and not by_donor else it.size
+        left = {
+            "recolor": others + [item._replace(color=new.color) for item in changed],
+            "replace": [*others, it._replace(shape=new.shape, color=color, size=size)],
+            "add": [*objects, placed(new, cell)],
+            "remove": others,
+            "background": objects,
+            "move": [*others, placed(it, cell)],
+            "resize": others + [item._replace(size=new.size) for item in changed],
+            "compose": [new],
+        }
+        told = target = Scene(ground if kind == "background" else here, left[kind])
+        if kind == "add" and not by_donor:
+            told = Scene(here, [*objects, told_of(target.objects[-1], stated | {"motion"})])
+        different = describe(target, clip) != describe(scene, clip)
+        fitting = all(GROWTH.get(item.motion, item.size) == item.size for item in target.objects)
+        if not (different and fitting and self.is_fine(target.objects)):
+            return None
+        seen = {item.shape for item in objects}
+        if kind == "add" and not by_donor and "color" not in stated and new.shape in seen:
+            return None  # the text could mean the one that is there
+        if not both and len({item[:2] for item in target.objects}) < len(target.objects):
+            return None
+        images, video = shown if by_donor else [], scene
+        if not clip:
+            images, video = [*images, scene], None
+        return Sample(kind, describe(target, clip), self.mumble(text), images, video, target, told)
 
     def cast(self, images, clip):
-        """Images of one object each -> video of one or two of these objects."""
+        """Images of one object each -> video of one or two of these objects, which begin where the text says,
+        or else where their images show them."""
         order = self.sample(range(images), images)
-        names = [f"object of Image {number + 1}" for number in order]
-        ground, objects = self.scene(self.randint(max(1, images - 1), min(images, 2)), clip, jitter=0)
-        told = " ".join(self.place(f"The {name}", item, clip) for name, item in zip(names, objects))[:-1]
-        does, start, _ = MOTIONS[objects[0].motion]
-        if len(objects) == 1 and self.random() < 0.5:  # where it starts goes without saying
-            objects = [objects[0]._replace(cell=start or "center")]
-            told = f"The {names[0]} {does}"
-        elif len(objects) == 2 and start in ("top", "bottom"):
-            first, second = objects
-            second = second._replace(cell="left", motion="standing still")
-            objects = [first._replace(cell=f"{start} right"), second]
-            told = f"The {names[0]} {does} beside the {names[1]}"
-        shown = [self.scene(1) for _ in range(images)]
-        for number, item in zip(order, objects):
-            shown[number] = shown[number]._replace(objects=[Object(*item[:3], *self.object()[3:])])
+        while True:
+            self.held_out = False
+            ground, objects = self.scene(self.randint(max(1, images - 1), min(images, 2)), clip)
+            shown = [self.scene(1) for _ in range(images)]
+            parts = []
+            for place, number in enumerate(order[: len(objects)]):
+                item, k = objects[place], {"k": str(number + 1)}
+                text, stated = self.say("star", donor=self.say("of Image", **k)[0], **facts(item))
+                parts.append(text)
+                seen = item
+                if "cell" in stated:
+                    objects[place] = item._replace(jitter=(0, 0))
+                    cell = self.choice([cell for cell in CELLS if cell != item.cell])
+                    seen = self.object()._replace(cell=cell)
+                seen = Object(*item[:3], seen.cell, "standing still", seen.jitter)
+                shown[number] = shown[number]._replace(objects=[seen])
+            if self.is_fine(objects):
+                break
+        text = ". ".join(parts) if any("." in part for part in parts) else join(parts, "and")
         if images > len(objects):
             ground = shown[order[-1]].background
-            told += f" on the background of Image {order[-1] + 1}"
-        elif self.random() < 0.5:
-            told += f" on a {ground} background"
+            source = self.say("ground of Image", k=str(order[-1] + 1))[0]
+            text, _ = self.say("stars elsewhere", list=text, **{"donor ground": source})
         else:
-            ground = shown[0].background
-        return Sample("", told + ".", told + ".", shown, None, Scene(ground, objects))
+            text, stated = self.say("stars", list=text, ground=ground)
+            if "ground" not in stated:
+                ground = shown[0].background
+        target = Scene(ground, objects)
+        return Sample("", describe(target, clip), self.mumble(text), shown, None, target, target)
 
     def clone(self, images, clip):
         """The object of an image moves as another one does in a video."""
         motion = self.choice([*MOTIONS][1:])
         scene, video = (Scene(self.choice([*BACKGROUNDS]), [self.object(motion)]) for _ in range(2))
-        text = self.say("[Move|Animate] the object of Image 1 [as|like the object] in Video 1.")
-        return Sample("", text, "Image 1 moves as in Video 1.", [scene], video, scene)
+        name = "clone object" if self.random() < 0.7 else self.choice(["by name", "by shape"])
+        text, _ = self.say("clone", it=self.say(name, **facts(scene.objects[0]))[0])
+        return Sample("", describe(scene, clip), self.mumble(text), [scene], video, scene, scene)
 
     def look(self, images, clip):
-        """One of the images, or the video, to put into words."""
+        """One of the images, or the video, to be described."""
         shown = [self.scene(self.randint(0, 2 if clip else 3), clip) for _ in range(images or 1)]
         number = self.randrange(len(shown))
-        text = "Describe Video 1." if clip else f"Describe Image {number + 1}."
+        text, _ = self.say("watch" if clip else "look", k=str(number + 1))
         video, shown = (shown[0], []) if clip else (None, shown)
-        return Sample("", text, text, shown, video, video or shown[number])
-
-    def rewrite(self, images, clip):
-        """A prompt, most often a short one, to make a long one of that says everything."""
-        sample = self.caption(0, clip)
-        text = REWRITE_PREFIX + self.choice([sample.prompt, *[sample.short_prompt] * 3])
-        return sample._replace(prompt=text, short_prompt=text)
+        target = video or shown[number]
+        return Sample("", text, text, shown, video, target, target)
 
     def copy(self, images, clip):
-        """One of the images again."""
+        """One of the images, to be made again."""
         shown = [self.scene(self.randint(1, 3)) for _ in range(images)]
         number = self.randrange(images)
-        text = f"Reconstruct Image {number + 1}."
-        return Sample("", text, text, shown, None, shown[number])
+        text, _ = self.say("copy", k=str(number + 1))
+        return Sample("", text, text, shown, None, shown[number], shown[number])
 
 
-def make_sample(seed, task, images):
-    """A Sample of a task with so many reference images: the same for the same seed."""
-    return getattr(SampleMaker(seed), METHODS[task])(images, TASKS[task].clip)
+def make_sample(seed, task, images, phrasing="known"):
+    """A task's Sample with `images` reference images; the same seed gives the same one. Training draws
+    "known" phrasings; every text of an "unknown" phrasing has a phrase that training never draws."""
+    maker = SampleMaker(seed, phrasing)
+    while True:
+        sample = getattr(maker, METHODS[task])(images, TASKS[task].clip)
+        if maker.held_out or not maker.all_phrases:
+            return sample
 
 
 class ToyWorld(Source):
-    """A source of samples that needs no files and has no end. Given a Vino, it draws from the stage's
-    `encode_once` samples of each layout, and keeps what the frozen encoders make of them."""
+    """A source of samples that needs no files and has no end. Given a Vino, it draws from only `encode_once`
+    samples of each layout, if the stage sets that, and keeps their encodings; each process has its own."""
 
     def __init__(self, stage, config, seed, vino=None):
         super().__init__(stage, config, seed)
         self.vino, self.count = vino, stage.encode_once if vino else 0
-        self.samples, self.encoded = {}, {}
+        self.encoded = {}
 
     def draw(self, task, position, index):
-        """Sample `index` of a task, as scenes. How many images it has depends only on `position`, where the
-        step begins: all samples of a step have one layout."""
+        """Sample `index` of a task: a Sample, or (number of images, number among the encoded samples). How
+        many images it has depends only on `position`, where the step begins, so that all samples of a step
+        have one layout."""
+        images = self.images(task, position)
+        if index >= 0 and self.count:
+            return images, crc32(f"{self.seed} {index}".encode()) % self.count  # quick, and looks random
+        return make_sample(f"{self.seed} {task} {index}", task, images)
+
+    @lru_cache(maxsize=32)
+    def images(self, task, position):
+        """How many images each sample of a step has."""
         most = self.images_that_fit(TASKS[task].video)
         fitting = [number for number in TASKS[task].images if number <= most]
-        images = chance(self.seed, task, "images", position).choice(fitting)
-        if index < 0 or not self.count:
-            return make_sample(f"{self.seed} {task} {index}", task, images)
-        key = task, images, index % self.count
-        if key not in self.samples:
-            sample = make_sample(f"{self.seed} {task} {key[2]}", task, images)
-            self.samples[key] = sample._replace(number=key[2])
-        return self.samples[key]
+        return chance(self.seed, task, "images", position).choice(fitting)
 
     def collate(self, task, samples, device):
-        """Samples -> Batch."""
-        if samples[0].number is None:
+        """A list of what `draw` returns -> Batch."""
+        if isinstance(samples[0], Sample):
             return self.render(task, samples, device)
-        images = len(samples[0].images)
-        known, kept, references = self.encoded.setdefault((task, images), (set(), [], []))
-        unknown = {s.number: s for s in samples if s.number not in known}
-        if unknown:
-            batch = self.render(task, [*unknown.values()], device)
-            encoded = [self.vino.encode(reference) for reference in batch.references]
-            with torch.no_grad():
-                parts = [self.vino.vae.encode(batch.target)]
-            for reference in encoded:
-                parts += [reference.latents, *reference.features]
-            if not kept:
-                kept += [part.new_empty(self.count, *part.shape[1:]) for part in parts]
-                references += [(len(r.features), r.grid, r.is_video) for r in encoded]
-            rows = torch.tensor([*unknown], device=device)
-            for tensor, part in zip(kept, parts):
-                tensor[rows] = part
-            known.update(unknown)
-        rows = torch.tensor([s.number for s in samples], device=device)
-        latents, *parts = [tensor[rows] for tensor in kept]
-        encoded = []
-        for layers, grid, is_video in references:
-            own, *features = parts[: layers + 1]
-            encoded.append(EncodedReference(own, features, grid, is_video))
-            del parts[: layers + 1]
-        prompts, short_prompts = [s.prompt for s in samples], [s.short_prompt for s in samples]
-        return Batch(task, prompts, short_prompts, encoded, None, latents=latents)
+        layout = task, samples[0][0]
+        if layout not in self.encoded:
+            self.encoded[layout] = self.encode(*layout, device)
+        kept, numbers = self.encoded[layout], [number for _, number in samples]
+        rows = torch.tensor(numbers, device=device)
+        prompts, short_prompts = ([texts[n] for n in numbers] for texts in (kept.prompts, kept.short_prompts))
+        references = []
+        for whole in kept.references:
+            features = [x[rows] for x in whole.features]
+            references.append(replace(whole, latents=whole.latents[rows], features=features))
+        return Batch(task, prompts, short_prompts, references, None, latents=kept.latents[rows])
+
+    @torch.no_grad()
+    def encode(self, task, images, device):
+        """All samples of a layout, encoded, as one Batch."""
+        prompts, short_prompts, latents, references = [], [], [], []
+        # One size for all batches: each new one would cost cuDNN some planning.
+        size = min(self.stage.batch, self.count)
+        firsts = range(0, self.count, size)
+        for first in tqdm(firsts, f"encoding {task}", leave=False, disable=train.RANK > 0):
+            seeds = [f"{self.seed} {task} {train.RANK} {first + k}" for k in range(size)]
+            batch = self.render(task, [make_sample(seed, task, images) for seed in seeds], device)
+            prompts += batch.prompts
+            short_prompts += batch.short_prompts
+            latents.append(self.vino.vae.encode(batch.target))
+            references.append([self.vino.encode(reference) for reference in batch.references])
+        whole = []
+        for parts in zip(*references):
+            features = [torch.cat(layer) for layer in zip(*[part.features for part in parts])]
+            whole.append(replace(parts[0], latents=torch.cat([p.latents for p in parts]), features=features))
+        return Batch(task, prompts, short_prompts, whole, None, latents=torch.cat(latents))
 
     def render(self, task, samples, device):
         """Samples -> Batch of their pixels, drawn on the device."""
@@ -329,13 +487,13 @@ class ToyWorld(Source):
         references = [reference_of(pixels, self.config.vision) for pixels in shown]
         target = render([s.target for s in samples], frames if clip else 1, size, device)
         prompts, short_prompts = [s.prompt for s in samples], [s.short_prompt for s in samples]
-        answers = [describe(s, clip) for s in samples]
+        answers = [describe(s.target, clip, ordered=not s.images and not s.video) for s in samples]
         return Batch(task, prompts, short_prompts, references, target, answers)
 
 
 def render(scenes, frames, size, device):
-    """B scenes -> [B, 3, T, H, W] in [-1, 1]. Objects do not overlap, so each adds its own difference."""
-    # The copies do not block: that would wait for all the work that the device still has to do.
+    """B scenes -> pixels [B, 3, T, H, W] in [-1, 1]. Objects do not overlap, so what each changes adds up."""
+    # The copies do not block: else they would wait for all the work that the device still has to do.
     ground = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32)
     ground = ground.to(device, non_blocking=True)[..., None, None, None]  # [B, 3, 1, 1, 1]
     canvas = ground.repeat(1, 1, frames, size, size)
@@ -357,7 +515,7 @@ def render(scenes, frames, size, device):
 
 
 def reference_of(pixels, config):
-    """Pixels [B, 3, T, H, W] that are on the device already -> Reference: a video, or with T = 1 an image."""
+    """Pixels [B, 3, T, H, W], already on the device -> Reference: a video, or with T = 1 an image."""
     seen, rules = pixels, config.image_resize
     if pixels.shape[2] > 1:
         seen, rules = pixels[:, :, spread_frames(pixels.shape[2], config.video_frames)], config.video_resize
@@ -365,14 +523,3 @@ def reference_of(pixels, config):
     seen = resize(seen.transpose(1, 2).flatten(0, 1), size).unflatten(0, (len(pixels), -1)).transpose(1, 2)
     patches, grid = patchify(seen, config)
     return Reference(pixels, patches, grid, is_video=pixels.shape[2] > 1)
-
-
-def toy_tokenizer():
-    """A tokenizer to which each word of the toy world is one token."""
-    maker = SampleMaker("words")
-    texts = [SYSTEM_PROMPT, REWRITE_PREFIX, "system\nuser\nassistant\n", "<0.1 seconds>"]
-    for name, task in TASKS.items():
-        for _ in range(300):
-            sample = getattr(maker, METHODS[name])(max(task.images), task.clip)
-            texts += [sample.prompt, sample.short_prompt, describe(sample, task.clip)]
-    return byte_tokenizer(texts=texts)
