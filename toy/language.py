@@ -91,7 +91,8 @@ clip = 3*video | 2*clip | !animation | !movie
 please = 4* | please | !could you please
 lead = 6*{please} [draw|show|paint|make|create|generate] | I want [|to see |to have ] | show me
     | [an|the] image of | draw [a picture|an image] of | I need | I'd like[| to have] | give me
-    | !a picture of | !a photo of | I would like | can you draw | !please make [a picture|an image] of | !an image with
+    | !a picture of | !a photo of | I would like | can you draw | !please make [a picture|an image] of
+    | !an image with
     | draw me | put | [an|the] image that shows | a picture showing
 clip lead = 8* | {please} [show|make|create|generate] | I want [|to see ] | show me | [a|the] video of
     | I would like to see | [a |]clip of | make [a video|an animation] of | give me | !a movie of
