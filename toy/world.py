@@ -144,7 +144,7 @@ def facts(item):
 def told_of(item, stated):
     """The object with None for what a phrase has not stated."""
     ways = {"size": {"size"}, "color": {"color"},
-            "cell": {"cell", "the cell"}, "motion": {"motion", "does", "do"}}  # fmt: skip
+            "cell": {"cell", "the cell", "cells"}, "motion": {"motion", "does", "do"}}  # fmt: skip
     free = {field: None for field, names in ways.items() if not stated & names}
     return item._replace(jitter=None, **free)
 
@@ -240,6 +240,7 @@ class SampleMaker(Speaker):
             if len(group) > 1:
                 words["number"] = "three" if len(group) == 3 else "two moving" if moving else "two"
                 words["plural"] = f"{shape}es" if shape == "cross" else f"{shape}s"
+                words["cells"] = join([Words(f"one {self.say(item.cell)[0]}") for item in group], "and")
             text, stated = self.say(f"{rule}s" if len(group) > 1 else rule, **words)
             phrases.append(text)
             told += [told_of(item, stated) for item in group]
@@ -260,8 +261,8 @@ class SampleMaker(Speaker):
             text = join(parts, "and")
         return Sample("", describe(scene, clip), self.mumble(text), [scene], None, scene, scene)
 
-    def refer(self, item, scene, clip=True):
-        """Words for an object of a scene that fit no other object of it."""
+    def refer(self, item, scene, by=None):
+        """Words for an object of a scene that fit no other object of it, also `by` its "place" or its "motion"."""
         others = [other for other in scene.objects if other is not item]
         names = ["by name"]
         if not others:
@@ -272,8 +273,11 @@ class SampleMaker(Speaker):
             names.append("by color")
         if others and all(other.size != item.size for other in others):
             names.append("by size")
-        if not clip:  # in clips, objects leave their places
-            names.append("by place")
+        if by == "place" or by and all(other.motion != item.motion for other in others):
+            names.append(f"by {by}")
+        if by == "motion" and item.motion.startswith("moving"):
+            if all(other.motion == "standing still" for other in others):
+                names.append("by moving")
         return self.say(self.choice(names), **facts(item))[0]
 
     def edit(self, images, clip):
@@ -284,7 +288,8 @@ class SampleMaker(Speaker):
         most = (2 if clip else 3) - (kind == "add")
         while True:
             self.held_out = False
-            shown = [self.scene(1) for _ in range(donors or 1)]
+            moving = clip and kind == "add" and not donors and self.random() < 0.5
+            shown = [self.scene(1, moving) for _ in range(donors or 1)]
             scene = self.scene(self.randint(1, most), clip)
             sample = self.change(kind, scene, shown, donors > 0, clip)
             if sample:
@@ -298,25 +303,36 @@ class SampleMaker(Speaker):
         (ground, [new]), (here, objects) = shown[number], scene
         it = self.choice(objects)
         both = len(objects) == 2 and kind in ("recolor", "remove", "resize") and self.random() < 0.2
-        name = ""
-        if kind not in ("add", "background", "compose"):  # their texts name no object of the scene
-            name = self.say("each")[0] if both else self.refer(it, scene, clip)
         changed = objects if both else [it]
         others = [item for item in objects if item not in changed]
-        cell = self.choice([cell for cell in CELLS if cell != it.cell])
+        cell = self.choice([cell for cell in STARTS[new.motion] if cell != it.cell])
         words = facts(new._replace(cell=cell)) | {
-            "it": name, "new": new.color, "ground": ground, "made": f"made {new.size}",
-            "scale": f"scale {new.size}", "what": "clip" if clip else "picture", "k": str(number + 1),
-            "donor": "of Image", "donor ground": "ground of Image",
+            "new": new.color, "ground": ground, "made": f"made {new.size}", "scale": f"scale {new.size}",
+            "what": "clip" if clip else "picture", "k": str(number + 1), "donor": "of Image",
+            "donor ground": "ground of Image", "the old": f"the {it.cell}",
+            "old": {"background": here, "move": it.cell}.get(kind, it.color),
         }  # fmt: skip
-        inside = "inside the video" if clip else "inside the image"
-        if by_donor and not clip:
-            inside = self.say("inside Image", k=str(len(shown) + 1))[0]
-            if kind == "compose":
-                words["base ground"] = self.say("ground of Image", k=str(len(shown) + 1))[0]
-        text, stated = self.say(f"{kind} as" if by_donor and kind != "compose" else kind, **words)
+        rule, named = kind, it
+        if by_donor:
+            rule = kind if kind == "compose" else f"{kind} as"
+        elif kind == "add" and new.motion != "standing still":
+            rule = "add moving"
+        elif kind in ("recolor", "background", "move") and not both and self.random() < 0.12:
+            rule = f"{kind} from"
+        elif kind == "remove" and len(others) == 1 and self.random() < 0.15:
+            rule, [named] = "keep only", others
+        where = "inside the video" if clip else "inside Image" if by_donor else "inside the image"
+        inside = {"inside": where, "k": str(len(shown) + 1)}
+        if kind == "compose":
+            words["base ground"] = self.say("ground of Image", k=inside["k"])[0]
+        elif kind not in ("add", "background"):  # their texts name no object of the scene
+            by = "motion" if clip else "place"  # in clips, objects leave their places
+            words["it"] = self.say("each")[0] if both else self.refer(named, scene, by)
+            if not both and self.random() < 0.1:
+                words["it"] = self.say("inside", it=words["it"], **inside)[0]
+        text, stated = self.say(rule, **words)
         if kind != "compose":
-            text, _ = self.say("edit", text=text, inside=inside)
+            text, _ = self.say("edit", text=text, **inside)
         color = new.color if by_donor or "color" in stated else it.color
         size = new.size if "size" in stated and not by_donor else it.size
         left = {
