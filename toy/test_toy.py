@@ -143,12 +143,13 @@ WAYS = {
     "down": "(bottom|down(wards?)?)",
 }
 PATTERNS = [  # kind of fact, what to look for, in this order, and its name if that is another
-    ("motion", "(stand|stay|remain|sit|is)\\w* (still|in place|where (it|they)( is| are)?|put)", "standing still"),
+    ("motion", "(stand|stay|remain|sit|is)\\w* (still|in place|put)", "standing still"),
+    ("motion", "(stay|remain)\\w* where (it|they)( is| are)?", "standing still"),
     ("motion", "rests?|at rest|static|stationary|(not|t) mov\\w+|without motion", "standing still"),
     ("motion", "(doing|does|do) nothing|(does not|doesn t) do anything", "standing still"),
-    ("motion", "(grow|expand|inflat|swell)\\w*|increas\\w* in size|scal\\w* up", "growing"),
+    ("motion", "(grow|expand|inflat|swell)\\w*|increas\\w* (in )?size|scal\\w* up", "growing"),
     ("motion", "((?<!i )get|becom)\\w* large( and large)?", "growing"),  # not "can I get large …"
-    ("motion", "(shrink|contract)\\w*|decreas\\w* in size|scal\\w* down", "shrinking"),
+    ("motion", "(shrink|contract)\\w*|decreas\\w* (in )?size|scal\\w* down", "shrinking"),
     ("motion", "(get|becom)\\w* small( and small)?", "shrinking"),
     *[("motion", f"{GO} {way}", f"moving {name}") for name, way in WAYS.items()],
     ("motion", "(ris|climb|ascend)\\w+", "moving up"), ("motion", "(fall|drop|sink)\\w+", "moving down"),

@@ -262,7 +262,7 @@ class SampleMaker(Speaker):
         return Sample("", describe(scene, clip), self.mumble(text), [scene], None, scene, scene)
 
     def refer(self, item, scene, by=None):
-        """Words for an object of a scene that fit no other object of it, also `by` its "place" or its "motion"."""
+        """Words that fit one object of a scene alone; `by` "place" or "motion": these may name it, too."""
         others = [other for other in scene.objects if other is not item]
         names = ["by name"]
         if not others:
