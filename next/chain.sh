@@ -1,11 +1,16 @@
-# chain.sh: stages 1 to 3 on all GPUs, from base; over at the second (of the epoch) that $W/end holds, benchmarks included
+# chain.sh: stage 1 (the connectors follow the VLM) and stage 3 on all GPUs, from base; over at the second (of the epoch) that $W/end holds, benchmarks included
 . ${HERE:-/tmp/go}/common.sh
-cd $R; export OUT=$W/home; mkdir -p $OUT; B=${B:-256}; B3=$(cat $W/batch 2>/dev/null || echo $((2*B))); E=${E:-4096}; X="--dtype=$DT"; C=${C---compile}; G=$(seq -s, 0 $((N-1))); LB=${LB:-60}
-[ -f $W/stage1/final.safetensors ] || run stage1 $G 110 ${T1:-40} 0 train --stage=1 --shard=ddp --weights=$W/base.safetensors --out=$W/stage1 --batch=$B --encode-once=1024 $X
-[ -f $W/stage2/final.safetensors ] || run stage2 $G 110 ${T2:-40} 0.3 train --stage=2 --shard=ddp --weights=$W/stage1/final.safetensors --out=$W/stage2 --batch=$B --encode-once=1024 $X
+cd $R; export OUT=$W/home; mkdir -p $OUT; B=${B:-256}; B3=$(cat $W/batch 2>/dev/null || echo $((2*B))); E=${E:-4096}; X="--dtype=$DT"; C=${C---compile}; G=$(seq -s, 0 $((N-1))); LB=${LB:-70}
+[ -f $W/stage1/final.safetensors ] || run stage1 $G 110 ${T1:-35} 0.3 train --stage=1 --shard=ddp --weights=$W/base.safetensors --out=$W/stage1 --batch=$B --encode-once=1024 $X
 echo '{"training": {"3": {"area": 4096, "checkpointing": false, "warmup": 100, "ema": 0.998, "shift": 3.0, "mixture": {"t2i": 0.14, "t2v": 0.14, "i2v": 0.06, "motion": 0.06, "ti2i": 0.16, "ti2i_ref": 0.08, "ti2v": 0.13, "tv2v": 0.13, "tiv2v": 0.10}}}}' > $W/s3.json
-end=$(cat $W/end); T3=$(( end - $(date +%s) - LB - 30 - ${START3:-30} )); [ $T3 -gt 30 ] || T3=30; echo "== stage 3 has $T3 s after its first step"
-SAVE=${SAVE:-500} run stage3 $G $((T3+90)) $T3 0.35 train --stage=3 --shard=ddp --weights=$W/stage2/final.safetensors --out=$W/stage3 --batch=$B3 --encode-once=$E --short=0.75 --lr=${LR:-2e-3} --config=$W/s3.json $X $C
+end=$(cat $W/end)
+for try in 1 2 3; do
+  [ -f $W/stage3/final.safetensors ] && break
+  S=$(cat $W/stage3/spent 2>/dev/null || echo 0); S=${S%.*}; RES=; [ -d $W/stage3/checkpoints ] && RES=--resume
+  L=$(( end - $(date +%s) - LB - 30 - ${START3:-75} )); [ $L -gt 30 ] || L=30; T3=$(( S + L )); echo "== stage 3 has $T3 s after its first step, $S spent, $X $C"
+  SAVE=${SAVE:-400} run stage3 $G $((L+90)) $T3 0.35 train --stage=3 --shard=ddp --weights=$W/stage1/final.safetensors --out=$W/stage3 --batch=$B3 --encode-once=$E --short=0.75 --lr=${LR:-2e-3} --config=$W/s3.json $X $C $RES
+  X=--dtype=float32; C=; B3=$B
+done
 bash $HERE/bench.sh
 touch $W/all-done
 echo "== all at $(now) s"

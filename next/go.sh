@@ -3,7 +3,7 @@
 export W=${W:-/tmp/runs} HERE=${HERE:-/tmp/go} R=${R:-/tmp/root}; SRC=${SRC:-.bench}
 if [ ! -d $W ]; then
   [ -f $SRC/first ] || { echo LOST; exit 0; }
-  mkdir -p $W; cp -r $SRC/go $HERE; cp -r $SRC/root $R; cp $SRC/base2.safetensors $W/; [ -d $SRC/state ] && cp -r $SRC/state/. $W/
+  mkdir -p $W; cp -r $SRC/go $HERE; cp -r $SRC/root $R; cp $SRC/base3.safetensors $W/; [ -d $SRC/state ] && cp -r $SRC/state/. $W/
   for w in $SRC/whl/*.whl; do ${PY:-python3} -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site $w; done
   [ -f $W/end ] || echo $(( $(date +%s) + ${SPAN:-1590} )) > $W/end
 fi
@@ -15,8 +15,7 @@ for k in $(seq $1); do
   [ -f $W/all-done ] && break; sleep 1
 done
 cat $W/parts.log $W/chain.log 2>/dev/null
-for f in vlm vlmc trial0 trial1 trial mmdit stage1 stage2 stage3; do [ -f $W/$f.log ] && { echo "-- $f"; tr '\r' '\n' < $W/$f.log | grep "step/s," | tail -1 | cut -c1-160; tr '\r' '\n' < $W/$f.log | grep -a -v "it/s\|step/s,\|^ *$" | tail -${TAIL:-3} | cut -c1-330; }; done
-[ -f $W/home/trial.txt ] && [ ! -f $W/shown ] && { cat $W/home/trial.txt; touch $W/shown; }
+for f in vlm stage1 stage3; do [ -f $W/$f.log ] && { echo "-- $f"; tr '\r' '\n' < $W/$f.log | grep "step/s," | tail -1 | cut -c1-160; tr '\r' '\n' < $W/$f.log | grep -a -v "it/s\|step/s,\|^ *$" | tail -${TAIL:-3} | cut -c1-330; }; done
 cat $W/bench-?/benchmark.md 2>/dev/null
 PYTHONPATH=/tmp/site ${PY:-python3} $HERE/home.py $W
 echo "end $(cat $W/end) now $(date +%s)"; ls -la $OUT | cut -c20-; [ -f $W/all-done ] && echo "ALL DONE"; exit 0

@@ -7,12 +7,12 @@ def put(name, tensors, meta=None):
     save_file({k: v.half() if v.dtype.is_floating_point and not k.endswith(("exp_avg", "exp_avg_sq")) else v.bfloat16() for k, v in tensors.items()}, f"{out}/{name}.safetensors", meta)
     print(name, len(tensors))
 mine = lambda t: {k: v for k, v in t.items() if not k.startswith(("vae.", "mm_encoder.mm_encoder."))}
-done = {n: os.path.exists(f"{W}/{n}/final.safetensors") for n in ("stage0-vlm", "stage2", "stage3")}
+done = {n: os.path.exists(f"{W}/{n}/final.safetensors") for n in ("stage0-vlm", "stage1", "stage2", "stage3")}
 def sent(n):
     """Twice is enough."""
     with open(f"{W}/sent-{n}", "a+") as f:
         f.write("x"); f.seek(0); return len(f.read()) > 2
-for n, cut in (("stage2", mine), ("stage3", mine), ("stage0-vlm", lambda t: {k: v for k, v in t.items() if k.startswith("mm_encoder.mm_encoder.")})):
+for n, cut in (("stage1", mine), ("stage2", mine), ("stage3", mine), ("stage0-vlm", lambda t: {k: v for k, v in t.items() if k.startswith("mm_encoder.mm_encoder.")})):
     if done[n] and not sent(n):
         with safe_open(f"{W}/{n}/final.safetensors", "pt") as f: meta = f.metadata()
         put(n, cut(load_file(f"{W}/{n}/final.safetensors")), meta)
