@@ -6,8 +6,8 @@ echo '{"training": {"3": {"area": 4096, "checkpointing": false, "warmup": 100, "
 end=$(cat $W/end)
 for try in 1 2 3; do
   [ -f $W/stage3/final.safetensors ] && break
-  S=$(cat $W/stage3/spent 2>/dev/null || echo 0); S=${S%.*}; RES=; [ -d $W/stage3/checkpoints ] && RES=--resume
-  L=$(( end - $(date +%s) - LB - 30 - ${START3:-75} )); [ $L -gt 30 ] || L=30; T3=$(( S + L )); echo "== stage 3 has $T3 s after its first step, $S spent, $X $C"
+  P=$(cat $W/stage3/spent 2>/dev/null || echo 0); P=${P%.*}; RES=; [ -d $W/stage3/checkpoints ] && RES=--resume
+  L=$(( end - $(date +%s) - LB - 30 - ${START3:-75} )); [ $L -gt 30 ] || L=30; T3=$(( P + L )); echo "== stage 3 has $T3 s after its first step, $P spent, $X $C"
   SAVE=${SAVE:-400} run stage3 $G $((L+90)) $T3 0.35 train --stage=3 --shard=ddp --weights=$W/stage1/final.safetensors --out=$W/stage3 --batch=$B3 --encode-once=$E --short=0.75 --lr=${LR:-2e-3} --config=$W/s3.json $X $C $RES
   X=--dtype=float32; C=; B3=$B
 done

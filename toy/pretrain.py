@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache
 
 import train
@@ -27,7 +28,7 @@ from toy.language import toy_tokenizer
 from toy.world import ToyWorld
 from train import HERE, Objective, Run, Stage, chance, draw_noise, make_stage
 from vino import (
-    SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, build_prompts, read_config,
+    ANY_LENGTH, SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, build_prompts, read_config,
 )  # fmt: skip
 
 TOY = dict(beta1=0.9, beta2=0.99, ema=0.0, area=64**2, drop=0.0, warmup=200, checkpointing=False)
@@ -89,7 +90,8 @@ class BatchedFrameAttention(nn.Module):
         q, k = ((x * cos + y * sin).to(v.dtype) for x, y in zip((q, k), rotated))
         frames = len(cu_seqlens) - 1
         q, k, v = (x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)  # [frames, heads, L / frames, head]
+        with sdpa_kernel(ANY_LENGTH):  # cuDNN's gradients are not always finite
+            x = F.scaled_dot_product_attention(q, k, v)  # [frames, heads, L / frames, head]
         return self.proj(x.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
