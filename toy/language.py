@@ -59,13 +59,13 @@ crosses = 4*crosses | plus signs
 two = 4*two | a pair of | a couple of | !2
 two moving = 3*two | 2 | a couple of | !a pair of
 three = 4*three | 3
-top = 4*at the top | near the top | at the top edge | up top | up at the top | towards the top | !on the top
-bottom = 4*at the bottom | near the bottom | at the bottom edge | down at the bottom | towards the bottom
+top = 4*at the top | near the top | at the top edge | up top | up at the top | !on the top
+bottom = 4*at the bottom | near the bottom | at the bottom edge | down at the bottom
     | !on the bottom
 left = 4*at the left | 2*on the left | on the left side | on the left hand side | on the far left
-    | to the left | in the left half | !near the left edge
+    | !near the left edge
 right = 4*at the right | 2*on the right | on the right side | on the right hand side | on the far right
-    | to the right | in the right half | !near the right edge
+    | !near the right edge
 center = 6*at the center | 3*in the [center|middle] | in the middle of the [image|picture] | centered
     | centred | exactly in the middle | in the very [center|centre] | !in the centre
     | !at the center of the picture
@@ -80,13 +80,13 @@ growing = 4*growing | expanding | getting larger | becoming bigger | inflating |
     | getting [bigger and bigger|larger and larger] | increasing in size | !getting bigger
 shrinking = 4*shrinking | getting smaller | becoming smaller | contracting | scaling down
     | getting smaller and smaller | decreasing in size
-stands still = 4*stands still | stays still | is standing still | does not move | !is not moving
+stands still = 4*stands still | stays still | is standing still | does not move | is not moving
     | !stays in place | stays where it is | remains still | is static | does nothing | does not do anything
     | doesn't move | doesn't do anything | just rests | rests | !stays put | !sits still
-grows = 4*grows | expands | is growing | gets [bigger|larger] | !2*is getting [bigger|larger]
+grows = 4*grows | expands | is growing | gets [bigger|larger] | is getting larger | !2*is getting bigger
     | !becomes bigger | is becoming [bigger|larger] | starts to grow | inflates | swells | keeps growing
     | gets [bigger and bigger|larger and larger] | increases in size | scales up | !grows and grows
-shrinks = 4*shrinks | is shrinking | gets smaller | !is getting smaller | !becomes smaller
+shrinks = 4*shrinks | is shrinking | gets smaller | is getting smaller | !becomes smaller
     | is becoming smaller | starts to shrink | contracts | keeps shrinking | gets smaller and smaller
     | decreases in size | scales down | !shrinks and shrinks
 stand still = 4*stand still | stay in place | !not move | stay where they are | do nothing | stay put | rest
@@ -149,7 +149,7 @@ quiet lead = a video of | a movie of | {please} make a clip of | {please} show [
     | !create an animation of
     | !I want a video of
 # Objects as items of a list, or in sentences of their own; in clips each with its motion
-and item = 4*and | 2*, and | 3*, | with | next to
+and item = 4*and | 2*, and | 3*, | with
 and first item = , | and
 and sentence = . | and
 and moving item = 4*and | 2*, and | 2*, | with | while
@@ -158,20 +158,20 @@ and moving sentence = 3*. | 2*and | while
 item = 3*{thing} | 3*{thing} {cell} | {thing} ({cell}) | {thing}, {cell}
 first item = 3*{cell} {thing} | {cell}: {thing} | !{cell}, we see {thing}
 sentence = 2*there is {thing} | there's {thing} | 4*{thing} is {cell} | there is {thing} {cell}
-    | {cell} there is {thing} | {cell} is {thing} | !{cell}: {thing} | !{thing}. it is {cell}
+    | {cell} there is {thing} | {cell} is {thing} | {cell}: {thing} | !{thing}. it is {cell}
     | {thing} stands {cell} | {thing} sits {cell} | {cell} [I want|put|you see] {thing}
     | {thing} should be {cell}
 items = 3*{things} | {things}, {cells} | {things}: {cells}
-sentences = 3*there are {things} | there are {things}, {cells} | !there are {things}: {cells}
-moving item = 5*{thing} {motion} | 3*{thing} {cell} {motion} | 2*{thing} {motion} from {the cell}
+sentences = 3*there are {things} | there are {things}, {cells} | there are {things}: {cells}
+moving item = 5*{thing} {motion} | 3*{thing} {cell} {motion} | 2*{thing} {motion} {from}
     | {thing}, {motion} | {thing} which {does} | {thing}, {motion}, {cell} | {thing} that is {motion}
     | {thing} starting {cell} and {motion}
-    | !{thing} {motion} {cell} | !{thing} that {does}
+    | {thing} {motion} {cell} | {thing} that {does}
 first moving item = 3*{cell} {thing} {motion} | {cell}: {thing} {motion} | !{cell}, we see {thing} {motion}
 moving sentence = 5*{thing} {does} | 3*{thing} {cell} {does} | 2*{thing} starts {cell} and {does}
     | there is {thing} {motion} | [make|let] {thing} {do} | {thing} is {cell}. it {does}
     | {cell} {thing} {does} | !{thing}. it {does} | !there is {thing} {cell}. it {does}
-    | {thing} {does} from {the cell} | !there is {thing} and it {does} | {thing} begins {cell} and {does}
+    | {thing} {does} {from} | !there is {thing} and it {does} | {thing} begins {cell} and {does}
     | animate {thing}: it {does} | {thing} should {do} | {thing} [has|needs] to {do} | {thing} must {do}
     | I want {thing} to {do} | {thing} appears {cell} and {does} | have {thing} {do} | {thing} will {do}
     | !{thing} that starts {cell} and {does}
@@ -179,7 +179,7 @@ moving items = 4*{things} {motion} | {things} that {do} | !{things}, all {motion
 moving sentences = 2*there are {things}. they are {motion} | {things} {do} | there are {things}. they {do}
     | !there are {things} {motion}
 relation item = 4*{first} {how} {second} | {second}, and {how} it {first} | {second} and {first} {how} it
-    | {how} {second} {first} | !{first} that is {how} {second} | !{second} with {first} {how} it
+    | !{first} that is {how} {second} | !{second} with {first} {how} it
 relation sentence = 3*{first} is {how} {second} | there is {first} {how} {second}
     | {how} {second} [there is|we see|put|draw] {first} | there is {second}. {first} is {how} it
     | there is {second} and {how} it is {first} | !{how} {second} is {first}
@@ -198,11 +198,12 @@ by moving = the moving [2*one|object|thing|!shape] | the [one|object|thing] that
 by name = 4*the {color} {seen shape} | {color} {seen shape} | the {seen shape} that is {color}
     | !the {seen shape} in {color} | !that {color} {seen shape}
     | the {seen shape} [of|with] [the |][color|colour] {color}
-each = 3*both objects | both shapes | all of them | everything | !2*both | !them both | !both of them | !all
+each = 3*both objects | both shapes | all of them | !2*both | !them both | !both of them | !all
+edit all = 9*{text} | {text} {inside} | {inside}, {text} | {text} please
 edit = 9*{text} | {text} {inside} | {inside}, {text} | {text} please | {text}, {as is}
     | {text}, but {as is} | !{as is}, but {text}
-as is = leave everything else as it is | keep the rest | leave the rest alone | nothing else | the rest stays
-    | do not change anything else | !leave everything else alone
+as is = leave everything else as it is | keep the rest | leave the rest alone | change nothing else
+    | the rest stays | do not change anything else | !leave everything else alone
 inside = {it} {inside}
 inside Image = in Image {k}
 inside the image = 2*in Image 1 | in the [image|photo] | !in the picture | !in this image
@@ -224,7 +225,7 @@ recolor = 3*{please} [make|paint] {it} {new} | {please} change {it} to {new} | [
     | I'd like {it} [in|to be] {new} | I'd like {it} better in {new} | {it} would look better in {new}
     | have {it} in {new} | the [color|colour] of {it} should be {new} | {it}: {new}
     | {it} must become {new} | {new} for {it} | how about {it} in {new} | !I prefer {it} in {new}
-    | !let's have {it} in {new} | !{new} {it}
+    | !let's have {it} in {new}
 recolor from = {please} [make|paint|turn] {it} {new}[, not| instead of| rather than] {old}
     | {it} {new}, not {old} | {please} change {it} from {old} to {new}
     | {it} should [be|go] from {old} to {new} | {it} is {old} and should be {new} | {it}: {old} to {new}
@@ -256,15 +257,15 @@ add moving = 3*{please} [add|put|insert|draw|include] {thing} [that {does}|{moti
     | {please} add {thing} {cell} [that {does}|{motion}] | also {thing} {motion}
     | there should be {thing} [that {does}|{motion}] [too|as well|in it] | I want {thing} {motion} too
     | add {thing}. it {does} | throw in {thing} that {does} | how about {thing} {motion}
-    | {please} add {cell} {thing} {motion} | I need {thing} that {does} as well | let {thing} {do} too
-    | {thing} should {do} as well | !one more: {thing} {motion} | !{cell} {thing} {motion} too
+    | {please} add {cell} {thing} {motion} | I need {thing} that {does} as well
+    | !one more: {thing} {motion} | !{cell} {thing} {motion} too
     | !place {thing} {cell} and let it {do}
 remove = 3*{please} [delete|erase] {it} | {please} remove {it} from the {what} | !{please} remove {it}
     | {please} take {it} away | get rid of {it} | {it} should be gone | take {it} out of the {what}
     | the {what} without {it} | I want {it} gone | !get {it} away | {please} get {it} out of the {what}
     | take away {it} | take {it} out | !without {it} | {please} make {it} go away | !I do not want {it}
-    | no {it} | no more {it} | {it} [must|has to|needs to|can] go
-    | {please} [lose|cut|drop|eliminate|hide|clear] {it} | leave out {it} | leave {it} out
+    | no {it} | {it} [must|has to|needs to|can] go[| away]
+    | {please} [lose|cut|eliminate|hide|clear] {it} | leave out {it} | leave {it} out
     | {it} should [disappear|vanish] | I don't [want|need] {it} [anymore|any more]
     | I don't like {it}, take it away | make {it} [disappear|vanish] | {it} is not needed
     | let {it} disappear | cut {it} out | {please} wipe {it} out | put {it} in the bin
@@ -287,7 +288,7 @@ background from = {please} [make|paint|turn] {the back} {ground}[, not| instead 
     | {ground} {back}, not {old} | swap the {old} {back} for [a {ground} one|{ground}]
     | !{old} should be {ground}
 keep only = only keep {it} | keep only {it} | {please} keep just {it} | nothing but {it}
-    | only {it} should stay | remove everything but {it} | {it} can stay, the rest should go | !{it} alone
+    | only {it} should stay | remove everything but {it} | {it} can stay, the rest should go away
     | !everything should go but {it}
 move = 3*{please} [move|shift] {it} to {the cell} | {please} [put|place] {it} {cell}
     | {it} should be {cell} | bring {it} to {the cell} | !I want {it} {cell}
@@ -311,25 +312,25 @@ recolor as = 2*{please} [make|paint] {it} the [color|colour] of {donor}
     | give {it} the [color|colour] of {donor} | change the [color|colour] of {it} to that of {donor}
     | paint {it} like {donor} | !{it} should have the [color|colour] of {donor}
     | !use the [color|colour] of {donor} for {it}
-    | make {it} the [color|colour] of Image {k} | !paint {it} in the [color|colour] of Image {k}
+    | !paint {it} in the [color|colour] of {donor}
 replace as = 2*{please} replace {it} [with|by] {donor} | swap {it} for {donor} | turn {it} into {donor}
     | put {donor} in place of {it} | !swap {it} with {donor} | {donor} instead of {it}
     | !change {it} into {donor}
 add as = 2*{please} [add|put] {donor} {cell} | insert {donor} {cell} | there should be {donor} {cell}
     | place {donor} {cell} | !{cell} there should be {donor} | !also {donor} {cell}
-background as = 2*{please} [use|show] {donor ground} | give it {donor ground}
+background as = 2*{please} use {donor ground} | give it {donor ground}
     | replace the {back} [with|by] {donor ground} | make the {back} like that of Image {k}
-    | !change the {back} to {donor ground} | !put everything on {donor ground} | I want {donor ground}
+    | !change the {back} to {donor ground} | !put everything on {donor ground} | I want it on {donor ground}
 compose = 2*{please} [put|show|place] {donor} on {base ground} | {donor} on {base ground}
     | {donor} in front of {base ground} | !draw {donor} on {base ground} | !on {base ground}, {donor}
 # Animations of an image; clips of the objects of several images; a motion cloned from a video
 animate = 3*{it} {does} | 2*{please} make {it} {do} | let {it} {do} | {it} should {do}
-    | !{please} have {it} {do} | I want {it} to {do} | show {it} {motion} | {it} is {motion}
+    | {please} have {it} {do} | I want {it} to {do} | show {it} {motion} | {it} is {motion}
 animated = 5*{list} | 2*animate Image 1: {list} | animate the image: {list} | {list} in the video
     | a video in which {list} | animate it: {list} | !in the [clip|video], {list} | make a video: {list}
     | !a clip in which {list}
-star = 3*{donor} {does} | 2*{donor} {does} from {the cell} | {donor} should {do} | {donor} {motion}
-    | {donor} begins {cell} and {does} | {donor} {cell} {does} | 2*{donor} starts {cell} and {does}
+star = 3*{donor} {does} | 2*{donor} {does} {from} | {donor} should {do} | {donor} {motion}
+    | {donor} begins {cell} and {does} | {cell} {donor} {does} | 2*{donor} starts {cell} and {does}
     | a video of {donor} {motion} | make {donor} {do} | let {donor} {do} | !show {donor} {motion}
     | !{donor}. it {does} | animate {donor}: it {does}
 stars = 3*{list} | a video: {list} | please make a video in which {list} | I want to see how {list}
@@ -367,6 +368,8 @@ for high, upper in (("top", "upper"), ("bottom", "lower")):
     | in {corner} | !on the {corner} | !near the {corner} corner
 the {high} {side} = 3*the {corner} | 2*the {corner} corner | !the {corner} of the picture
 """
+for cell in "top left,top,top right,left,center,right,bottom left,bottom,bottom right".split(","):
+    RULES += f"from {cell} = from {{the {cell}}}\n"
 for way, toward, course, moving, moves, ward in (
     ("left", "to the left", "from right to left", "sliding left", "slides left", "leftwards"),
     ("right", "to the right", "from left to right", "sliding right", "slides right", "rightwards"),
@@ -398,7 +401,7 @@ moves {way} = 6*moves {way} | keeps [moving|going] {way} | makes its way [{way}|
     | starts [moving|going] {way} | 2*is moving {way} | 2*goes {toward} | 2*{moves} | !moves {toward}
     | heads {way} | [slides|drifts|glides|travels|floats|flies|runs] [{way}|{toward}] | heads off {toward}
     | is {moving} | moves {ward} | moves towards the {side} | is [going|heading|travelling|drifting] {way}
-    | !is moving {toward} | !goes {way} | !moves {course}
+    | is moving {toward} | !goes {way} | !moves {course}
 move {way} = 6*move {way} | 2*go {way} | 2*go {toward} | !move {toward}
     | [slide|drift|glide|travel|float|fly|run] [{way}|{toward}] | head {way} | move {ward}
 """

@@ -113,10 +113,15 @@ def distances(x, y, u, v):
 def relations(first, second):
     """Where the first object clearly is, seen from the second: a list of names, in the first frame."""
     apart = distances(*trace(first, 0)[:2], *trace(second, 0)[:2])
-    return [words for words, distance in apart.items() if distance > 8]
+    return [words for words, distance in apart.items() if distance > max(8, 0.7 * max(apart.values()))]
 
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+def is_straight(cell, other):
+    """Are two cells in one row or column?"""
+    return any(a == b for a, b in zip(CELLS[cell], CELLS[other]))
 
 
 def placed(item, cell):
@@ -138,13 +143,14 @@ def facts(item):
         "size": item.size, "color": item.color, "shape": item.shape, "cell": item.cell, "motion": item.motion,
         "does": motion.does, "do": motion.do,
         "seen shape": f"the {item.shape}", "the cell": f"the {item.cell}",
+        "from": f"from {item.cell}" if item.motion.startswith("moving") else item.cell,
     }  # fmt: skip
 
 
 def told_of(item, stated):
     """The object with None for what a phrase has not stated."""
     ways = {"size": {"size"}, "color": {"color"},
-            "cell": {"cell", "the cell", "cells"}, "motion": {"motion", "does", "do"}}  # fmt: skip
+            "cell": {"cell", "the cell", "cells", "from"}, "motion": {"motion", "does", "do"}}  # fmt: skip
     free = {field: None for field, names in ways.items() if not stated & names}
     return item._replace(jitter=None, **free)
 
@@ -271,9 +277,11 @@ class SampleMaker(Speaker):
             names += ["by shape", "by shape"]
         if all(other.color != item.color for other in others):
             names.append("by color")
-        if others and all(other.size != item.size for other in others):
+        resized = by == "motion" and any(other.motion in GROWTH for other in scene.objects)
+        if others and not resized and all(other.size != item.size for other in others):
             names.append("by size")
-        if by == "place" or by and all(other.motion != item.motion for other in others):
+        alone = all(item.cell not in other.cell.split() for other in others)
+        if by == "place" and alone or by == "motion" and all(other.motion != item.motion for other in others):
             names.append(f"by {by}")
         if by == "motion" and item.motion.startswith("moving"):
             if all(other.motion == "standing still" for other in others):
@@ -305,7 +313,12 @@ class SampleMaker(Speaker):
         both = len(objects) == 2 and kind in ("recolor", "remove", "resize") and self.random() < 0.2
         changed = objects if both else [it]
         others = [item for item in objects if item not in changed]
-        cell = self.choice([cell for cell in STARTS[new.motion] if cell != it.cell])
+        cells = [cell for cell in STARTS[new.motion] if cell != it.cell]
+        if kind == "move":  # to an edge only straight: else "to the left" could mean the corner
+            edges = {"top", "bottom", "left", "right"}
+            straight = [c for c in edges if it.cell in edges | {"center"} and is_straight(c, it.cell)]
+            cells = [c for c in cells if c not in edges or c in straight]
+        cell = self.choice(cells)
         words = facts(new._replace(cell=cell)) | {
             "new": new.color, "ground": ground, "made": f"made {new.size}", "scale": f"scale {new.size}",
             "what": "clip" if clip else "picture", "k": str(number + 1), "donor": "of Image",
@@ -332,7 +345,7 @@ class SampleMaker(Speaker):
                 words["it"] = self.say("inside", it=words["it"], **inside)[0]
         text, stated = self.say(rule, **words)
         if kind != "compose":
-            text, _ = self.say("edit", text=text, **inside)
+            text, _ = self.say("edit all" if both or rule == "keep only" else "edit", text=text, **inside)
         color = new.color if by_donor or "color" in stated else it.color
         size = new.size if "size" in stated and not by_donor else it.size
         left = {
@@ -352,6 +365,8 @@ class SampleMaker(Speaker):
         fitting = all(GROWTH.get(item.motion, item.size) == item.size for item in target.objects)
         if not (different and fitting and self.is_fine(target.objects)):
             return None
+        if by_donor and kind == "replace" and new.size != it.size:
+            return None  # whose size?
         seen = {item.shape for item in objects}
         if kind == "add" and not by_donor and "color" not in stated and new.shape in seen:
             return None  # the text could mean the one that is there
@@ -393,6 +408,7 @@ class SampleMaker(Speaker):
             text, stated = self.say("stars", list=text, ground=ground)
             if "ground" not in stated:
                 ground = shown[0].background
+                shown = [scene._replace(background=ground) for scene in shown]
         target = Scene(ground, objects)
         return Sample("", describe(target, clip), self.mumble(text), shown, None, target, target)
 
