@@ -370,30 +370,15 @@ the {high} {side} = 3*the {corner} | 2*the {corner} corner | !the {corner} of th
 """
 for cell in "top left,top,top right,left,center,right,bottom left,bottom,bottom right".split(","):
     RULES += f"from {cell} = from {{the {cell}}}\n"
-for way, toward, course, moving, moves, ward in (
-    ("left", "to the left", "from right to left", "sliding left", "slides left", "leftwards"),
-    ("right", "to the right", "from left to right", "sliding right", "slides right", "rightwards"),
-    (
-        "up",
-        "upwards",
-        "from bottom to top",
-        "[rising|climbing|ascending]",
-        "[rises|climbs|ascends]",
-        "upward",
-    ),
-    (
-        "down",
-        "downwards",
-        "from top to bottom",
-        "[falling|dropping|sinking]",
-        "[falls|drops|sinks]",
-        "downward",
-    ),
+for way, toward, ward, start, side, moving, moves in (
+    ("left", "to the left", "leftwards", "right", "left", "sliding left", "slides left"),
+    ("right", "to the right", "rightwards", "left", "right", "sliding right", "slides right"),
+    ("up", "upwards", "upward", "bottom", "top", "[rising|climbing|ascending]", "[rises|climbs|ascends]"),
+    ("down", "downwards", "downward", "top", "bottom", "[falling|dropping|sinking]", "[falls|drops|sinks]"),
 ):
-    side = course.split()[-1]
     RULES += f"""
 the {side} = 3*the {side} | the {side} edge | !the {side} side
-moving {way} = 6*moving {way} | 2*moving {toward} | 2*going {way} | moving {course} | 2*{moving}
+moving {way} = 6*moving {way} | 2*moving {toward} | 2*going {way} | moving from {start} to {side} | 2*{moving}
     | heading {way} | moving {ward}
     | [sliding|drifting|gliding|traveling|travelling|floating|flying|running] [{way}|{toward}]
     | moving towards the {side} | [heading|heading off] {toward} | !going {toward}
@@ -401,7 +386,7 @@ moves {way} = 6*moves {way} | keeps [moving|going] {way} | makes its way [{way}|
     | starts [moving|going] {way} | 2*is moving {way} | 2*goes {toward} | 2*{moves} | !moves {toward}
     | heads {way} | [slides|drifts|glides|travels|floats|flies|runs] [{way}|{toward}] | heads off {toward}
     | is {moving} | moves {ward} | moves towards the {side} | is [going|heading|travelling|drifting] {way}
-    | is moving {toward} | !goes {way} | !moves {course}
+    | is moving {toward} | !goes {way} | !moves from {start} to {side}
 move {way} = 6*move {way} | 2*go {way} | 2*go {toward} | !move {toward}
     | [slide|drift|glide|travel|float|fly|run] [{way}|{toward}] | head {way} | move {ward}
 """
@@ -431,22 +416,15 @@ def parse(text):
     parts = []
     for part in re.findall(r"\[.*?\]|\{.*?\}|[^\[{]+", text):
         if part[0] == "[":
-            parts.append(Choice(part[1:-1]))
+            part = Choice(part[1:-1])
         elif part[0] == "{":
-            parts.append(Name(part[1:-1]))
-        else:
-            parts.append(part)
+            part = Name(part[1:-1])
+        parts.append(part)
     return parts
 
 
-def read_rules(text):
-    """A text like RULES -> {name: parsed phrase}."""
-    text = re.sub(r"\s+\| ", "|", re.sub("#.*", "", text))
-    rules = (line.split(" = ") for line in text.split("\n") if line)
-    return {name: [Choice(options)] for name, options in rules}
-
-
-GRAMMAR = read_rules(RULES)
+LINES = re.sub(r"\s+\| ", "|", re.sub("#.*", "", RULES))  # one for each rule
+GRAMMAR = {name: [Choice(options)] for name, options in re.findall("(.+?) = (.*)", LINES)}
 
 
 class Speaker(random.Random):
@@ -473,14 +451,13 @@ class Speaker(random.Random):
             if type(part) is str:
                 words.append(part)
             elif type(part) is Name:
-                rule = part
                 if part in facts:
-                    stated.add(str(part))
-                    rule = facts[part]  # often the name of a rule itself, such as "purple"
-                if type(rule) is not Words and rule in GRAMMAR:
-                    self.expand(GRAMMAR[rule], facts, words, stated)
+                    stated.add(part)
+                said = facts.get(part, part)  # often the name of another rule, such as "purple"
+                if said in GRAMMAR and type(said) is not Words:
+                    self.expand(GRAMMAR[said], facts, words, stated)
                 else:
-                    words.append(rule)
+                    words.append(said)
             else:
                 options = part.known
                 if self.all_phrases and part.held and self.random() < 0.15:
@@ -509,7 +486,7 @@ def toy_tokenizer():
     """A tokenizer with one token for a word, whatever its case and the punctuation around it. It keeps only
     the punctuation of figure 4's template and of captions; each unknown word becomes one UNKNOWN."""
     texts = [SYSTEM_PROMPT, Config().sampling.rewrite_system, " ".join(map(str, range(10)))]
-    texts.append("system user assistant seconds red green blue yellow black white")
+    texts.append("system user assistant seconds black white")
     texts.append(re.sub(r"#.*|.* = |\{.*?\}", " ", RULES))  # without comments and names
     words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
     vocabulary = {word: number for number, word in enumerate([UNKNOWN, *"\n.:<>", *sorted(words)])}
