@@ -21,9 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from toy.detect import (
-    UNIT_AREAS, Seen, detect, in_place, is_related, looks, moves_as_told, obeys, overlap, pairings, shrink,
-)  # fmt: skip
+from toy.detect import detect, fit, in_place, is_related, looks, moves_as_told, obeys, pairings, shrink
 from toy.world import CELLS, MOTIONS, Object, Scene, ToyWorld, make_sample, relations
 from train import TINY, check_known, contact_sheet, make_stage
 from vino import SYSTEM_PROMPT, InputError, Vino, apply_rope, attend
@@ -39,11 +37,11 @@ Row = namedtuple("Row", FIELDS, defaults=["", None, (), False, "known", None])
 def score_image(row, sample, output, target, source):
     """GenEval. Every score function takes the row's name, a Sample, and its output, target and source
     [3, T, H, W] (the source is what is edited), and returns {(row, column): True, False or a number}."""
-    told, things = sample.told.objects, detect(output[:, 0][None])[0].things
+    told, seen = sample.told.objects, detect(output[:, :1])
     if row in ("single object", "two objects"):  # other rows score their colours
-        right = sorted(thing.shape for thing in things) == sorted(item.shape for item in told)
+        right = sorted(thing.shape for thing in seen[0].things) == sorted(item.shape for item in told)
     else:
-        orders = [first for first, _ in pairings([Seen("", things, None)], told)]
+        orders = [first for first, _ in pairings(seen, told)]
         if row == "position":
             orders = [order for order in orders if is_placed(order, sample)]
         right = bool(orders)
@@ -60,8 +58,7 @@ def is_placed(order, sample):
 
 def score_clip(row, sample, output, target, source):
     """VBench. Only the motion class depends on the text; all other rows score the clip by itself."""
-    frames = shrink(output.transpose(0, 1))
-    seen = detect(output.transpose(0, 1))
+    frames, seen = shrink(output), detect(output)
     path, time = tracks(seen), np.linspace(0, 1, len(seen))
     grounds = {s.background for s in seen}
     still = torch.stack([a.ground & b.ground for a, b in zip(seen, seen[1:])])
@@ -102,7 +99,7 @@ def keeps(seen, scene):
 
 def score_cast(row, sample, output, target, source):
     """OpenS2V. An identity is a shape and its colour; two of them may be right, or in swapped places."""
-    seen, scene = detect(output.transpose(0, 1)), sample.target
+    seen, scene = detect(output), sample.target
     values = {(row, "identities kept"): keeps(seen, scene)}
     values[row, "motion class"] = moves_as_told(seen, scene.objects)
     values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
@@ -119,7 +116,7 @@ def score_edit(row, sample, output, target, source):
     """GEdit and OpenVE. Does the output show the target's scene, and does the rest stay unchanged? The PSNR
     of the rest is measured only if the text leaves nothing free."""
     last = output.shape[1] - 1
-    seen = detect(output[:, sorted({0, last // 2, last})].transpose(0, 1))
+    seen = detect(output[:, sorted({0, last // 2, last})])
     whole, done = sample.told == sample.target, obeys(seen, sample)
     changed = ((target - source).abs().amax(0) > 1e-3).float()  # [T, H, W]
     same = F.max_pool2d(changed[:, None], 5, 1, 2)[:, 0] == 0
@@ -180,19 +177,17 @@ def score_caption(row, sample, answer, target, source):
 
 def score_copy(row, sample, output, target, source):
     """The autoencoder alone, which bounds the other suites: are pixels close, and are identities kept?"""
-    kept = keeps(detect(output.transpose(0, 1)), sample.target)
+    kept = keeps(detect(output), sample.target)
     return {(row, "PSNR, dB"): psnr(output, target), (row, "identities kept"): kept}
 
 
 def score_shapes(row, sample, output, target, source):
     """Do shapes keep their corners? Each object's overlap, in each frame, with the outline of its area."""
     overlaps = []
-    for frame in detect(output.transpose(0, 1)):
+    for frame in detect(output):
         for item in sample.target.objects:
             own = [thing for thing in frame.things if thing.color == item.color]
-            radii = [(thing.mask.sum() / UNIT_AREAS[item.shape]).sqrt() for thing in own]
-            found = [overlap(t.mask, item.shape, t.x, t.y, r) for t, r in zip(own, radii)]
-            overlaps.append(max(found, default=0.0))
+            overlaps.append(max((fit(t.mask, item.shape, t.x, t.y)[0] for t in own), default=0.0))
     mean = sum(overlaps) / len(overlaps)
     return {(row, "overlap"): mean, (row, "0.85 in all frames"): min(overlaps) >= 0.85}
 
