@@ -45,8 +45,7 @@ def score_image(row, sample, output, target, source):
         if row == "position":
             orders = [order for order in orders if is_placed(order, sample)]
         right = bool(orders)
-    kind = "long prompts" if sample.prompt != sample.short_prompt else "short prompts"  # see `draw_batches`
-    return {(row, "right"): right, (row, kind): right}
+    return {(row, "right"): right, (row, KINDS[sample.prompt == sample.short_prompt]): right}
 
 
 def is_placed(order, sample):
@@ -257,6 +256,7 @@ SUITES = {
     "autoencoder": Suite(score_copy, how="autoencode", rows=[Row("images", IMAGE), Row("clips", CLIP)]),
 }  # fmt: skip
 BATCH, SHOWN = 100, 2  # samples made together; samples that the picture shows of each row and layout
+KINDS = ("long prompts", "short prompts")  # in turn, where a suite has both
 
 
 def draw_batches(row, texts, samples, world, device):
@@ -329,7 +329,7 @@ def table(results):
     for suite, values in results.items():
         columns = [*dict.fromkeys(column for _, column in values)]
         rows = [*dict.fromkeys(row for row, _ in values)]
-        mean = SUITES[suite].mean
+        mean = SUITES[suite].mean if suite in SUITES else None
         if mean:
             values = values | {(mean, name): sum((values[row, name] for row in rows), []) for name in columns}
             rows.append(mean)
@@ -394,33 +394,24 @@ def queries_share(vino, prompt, steps=10):
     return sum(recorder.of_queries) / sum(recorder.text)
 
 
-def compare_queries(vino, world, samples, device, settings):
-    """Figure 13 as a Markdown table: images right with and without the queries, and their share of attention,
-    for long and for short prompts, which are not expanded. Removes the queries from `vino`, and rewriting."""
+def compare_queries(vino, world, samples, device, ways):
+    """Figure 13: images right with and without the queries, and their share of the attention on text, for
+    long and for short prompts, which are not expanded -> {(kind of prompt, column): values}. Removes the
+    queries from `vino`, and rewriting."""
     vino.config.sampling.rewrite = False
-    batches = []
+    values = defaultdict(list)
     for row in SUITES["geneval"].rows:
-        batches += [(row.name, *pair) for pair in draw_batches(row, "both", samples, world, device)]
-    kinds = ("long prompts", "short prompts")
-    shares, right = {kind: [] for kind in kinds}, {}
-    for _, drawn, _ in batches:
-        for number, sample in enumerate(drawn[:4]):
-            shares[kinds[number % 2]].append(queries_share(vino, sample.prompt))
-    for label in ("with", "without"):
-        if label == "without":
+        [(drawn, _)] = draw_batches(row, "both", 4, world, device)
+        for kind, sample in zip(KINDS * 2, drawn):
+            values[kind, "share of attention, %"].append(100 * queries_share(vino, sample.prompt))
+    for label in ("right with", "right without"):
+        if label == "right without":
             vino.remove_queries()
-        for row, drawn, batch in tqdm(batches, desc=f"{label} queries", unit="batch"):
-            outputs = generate(vino, batch, seed=batch.key[0], **settings).cpu()
-            for number, (sample, output) in enumerate(zip(drawn, outputs)):
-                value = score_image(row, sample, output, None, None)[row, "right"]
-                right.setdefault((kinds[number % 2], label), []).append(value)
-    lines = ["| queries | samples | right with | right without | share of attention on text |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: |")
-    for kind in kinds:
-        both = [right[kind, label] for label in ("with", "without")]
-        cells = [kind, len(both[0]), *map(interval, both), f"{np.mean(shares[kind]):.1%}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        results, _ = measure(["geneval"], samples, world, device, ways)
+        for row in SUITES["geneval"].rows:
+            for kind in KINDS:
+                values[kind, label] += results["geneval"][row.name, kind]
+    return values
 
 
 # --- The command line ---------------------------------------------------------------------------------------
@@ -467,9 +458,9 @@ def benchmark(args):
     ways = {"generate": make, "answer": answer, "rewrite": rewrite, "autoencode": autoencode}
     suites = [name for name in args.suites or SUITES if name != "queries"]
     results, sheet = measure(suites, args.samples, world, args.device, ways)
-    text = table(results) + "\nIn brackets and after ±: 95% intervals.\n"
     if "queries" in args.suites:
-        text += "\n" + compare_queries(model, world, args.samples, args.device, settings)
+        results["queries"] = compare_queries(model, world, args.samples, args.device, ways)
+    text = table(results) + "\nIn brackets and after ±: 95% intervals.\n"
     (folder / "benchmark.md").write_text(text)
     if sheet:
         contact_sheet(sheet).save(folder / "benchmark.png")
