@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from toy.detect import detect, fit, in_place, is_related, looks, moves_as_told, obeys, pairings, shrink
+from toy.detect import detect, fit, in_place, is_related, keeps, moves_as_told, obeys, pairings, shrink
 from toy.world import CELLS, MOTIONS, Object, Scene, ToyWorld, make_sample, relations
 from train import TINY, check_known, contact_sheet, make_stage
 from vino import SYSTEM_PROMPT, InputError, Vino, apply_rope, attend
@@ -74,7 +74,7 @@ def score_clip(row, sample, output, target, source):
 
 def tracks(seen):
     """x, y and r of each thing in each frame, [T, 3 * things]. None if the frames show different things."""
-    if not seen[0].things or any(looks(s.things) != looks(seen[0].things) for s in seen):
+    if not seen[0].things or not keeps(seen, seen[0].things):
         return None
     return np.array([[length for thing in s.things for length in thing[2:5]] for s in seen])
 
@@ -91,15 +91,10 @@ def psnr(output, target):
     return -10 * error.clamp(1e-6).log10().item()
 
 
-def keeps(seen, scene):
-    """Does every frame show the scene's shapes in their colours, wherever they are?"""
-    return all(looks(frame.things) == looks(scene.objects) for frame in seen)
-
-
 def score_cast(row, sample, output, target, source):
     """OpenS2V. An identity is a shape and its colour; two of them may be right, or in swapped places."""
     seen, scene = detect(output), sample.target
-    values = {(row, "identities kept"): keeps(seen, scene)}
+    values = {(row, "identities kept"): keeps(seen, scene.objects)}
     values[row, "motion class"] = moves_as_told(seen, scene.objects)
     values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     if len(scene.objects) == 2:
@@ -134,7 +129,7 @@ def score_phrasing(row, sample, output, target, source):
 
 def score_answer(row, sample, answer, target, source):
     """Understanding. Is the answer right about each fact of the only object, and about the background?"""
-    _, scene = read_caption(answer) or (None, Scene(None, []))
+    _, scene = read_caption(answer)
     [item], [found] = sample.target.objects, scene.objects if len(scene.objects) == 1 else [[None] * 5]
     values = {("background", "right"): scene.background == sample.target.background}
     for name, right, said in zip(("shape", "colour", "size", "cell", "motion"), item, found):
@@ -144,23 +139,22 @@ def score_answer(row, sample, answer, target, source):
 
 
 def read_caption(text):
-    """A caption of `world.describe` -> (is it of a video?, Scene). None for any other text."""
-    cells, motions = ("|".join(sorted(names, key=len, reverse=True)) for names in (CELLS, MOTIONS))
-    place = rf"(?:is|starts) at the ({cells})(?: and is ({motions}))?"
-    sentence = re.compile(rf" a (\w+) (\w+) (\w+) {place}\.")
-    start = re.match(r"an? (image|video) on an? (\w+) background\.", text.lower())
-    if not start or sentence.sub("", text.lower()) != start[0]:
-        return None
+    """A caption of `world.describe` -> (is it of a video?, Scene). Any other text -> (None, empty Scene)."""
+    text, cells, motions = text.lower(), "|".join(CELLS), "|".join(MOTIONS)
+    sentence = re.compile(rf" a (\w+) (\w+) (\w+) (?:is|starts) at the ({cells})(?: and is ({motions}))?\.")
+    start = re.match(r"an? (image|video) on an? (\w+) background\.", text)
+    if not start or sentence.sub("", text) != start[0]:
+        return None, Scene(None, [])
     objects = [
         Object(shape, color, size, cell, moves or "standing still", (0, 0))
-        for size, color, shape, cell, moves in sentence.findall(text.lower())
+        for size, color, shape, cell, moves in sentence.findall(text)
     ]
     return start[1] == "video", Scene(start[2], objects)
 
 
 def score_caption(row, sample, answer, target, source):
     """Does the VLM's caption describe the intended result, with every fact that the prompt states?"""
-    is_video, scene = read_caption(answer) or (None, None)
+    is_video, scene = read_caption(answer)
     told, (name, _, phrasing) = sample.told, row.partition(", ")
 
     def is_kept(objects):
@@ -176,7 +170,7 @@ def score_caption(row, sample, answer, target, source):
 
 def score_copy(row, sample, output, target, source):
     """The autoencoder alone, which bounds the other suites: are pixels close, and are identities kept?"""
-    kept = keeps(detect(output), sample.target)
+    kept = keeps(detect(output), sample.target.objects)
     return {(row, "PSNR, dB"): psnr(output, target), (row, "identities kept"): kept}
 
 

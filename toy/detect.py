@@ -88,9 +88,10 @@ def fit(mask, shape, x, y):
     return ((ideal & mask).sum() / (ideal | mask).sum()).item(), r
 
 
-def looks(things):
-    """Shape and colour of each thing or object, sorted."""
-    return sorted((thing.shape, thing.color) for thing in things)
+def keeps(seen, things):
+    """Does every frame show the shapes of these things or objects in their colours, wherever they are?"""
+    wanted = sorted(thing[:2] for thing in things)
+    return all(sorted(thing[:2] for thing in frame.things) == wanted for frame in seen)
 
 
 def is_there(thing, item, place):
@@ -147,9 +148,9 @@ def obeys(seen, sample):
     """Do frames show all that the text of a sample states? What it leaves out is free."""
     told, full = sample.told, sample.target.objects
     grounds = {frame.background for frame in seen}
-    if len(grounds) > 1 or "unclear" in grounds or told.background not in (None, *grounds):
+    if len(grounds) > 1 or "unclear" in grounds or not keeps(seen, seen[0].things):
         return False
-    if any(looks(frame.things) != looks(seen[0].things) for frame in seen):
+    if told.background not in (None, *grounds):
         return False
 
     def is_right(item, whole, first, last):
