@@ -23,20 +23,15 @@ from train import HERE, TASKS, TINY, check_known, contact_sheet, make_stage, rea
 from vino import InputError, Vino
 
 
-def thing(shape, color, size, cell, motion="standing still"):
-    """An object in the middle of its cell."""
-    return Object(shape, color, size, cell, motion, jitter=(0, 0))
-
-
 # The inputs of the README's commands: file, side in pixels, scene
 EXAMPLES = [
-    ("circle.png", 64, Scene("white", [thing("circle", "red", "small", "bottom left")])),
-    ("cross.png", 96, Scene("black", [thing("cross", "yellow", "small", "right")])),
+    ("circle.png", 64, Scene("white", [Object("circle", "red", "small", "bottom left")])),
+    ("cross.png", 96, Scene("black", [Object("cross", "yellow", "small", "right")])),
     ("two.mp4", 128, Scene("gray", [
-        thing("circle", "blue", "large", "bottom left", "moving right"),
-        thing("square", "green", "small", "top"),
+        Object("circle", "blue", "large", "bottom left", "moving right"),
+        Object("square", "green", "small", "top"),
     ])),
-    ("rising.mp4", 160, Scene("white", [thing("triangle", "purple", "large", "bottom", "moving up")])),
+    ("rising.mp4", 160, Scene("white", [Object("triangle", "purple", "large", "bottom", "moving up")])),
 ]  # fmt: skip
 
 

@@ -49,10 +49,10 @@ def sample_of(target, told=None, video=None, relation=""):
     return world.Sample("", "", "", [], video, target, told or target, relation)
 
 
-RED = figures.thing("circle", "red", "small", "left", "moving right")
-BLUE = figures.thing("square", "blue", "small", "right", "growing")
-GREEN = figures.thing("cross", "green", "small", "left", "growing")
-CYAN = figures.thing("circle", "cyan", "large", "right")
+RED = world.Object("circle", "red", "small", "left", "moving right")
+BLUE = world.Object("square", "blue", "small", "right", "growing")
+GREEN = world.Object("cross", "green", "small", "left", "growing")
+CYAN = world.Object("circle", "cyan", "large", "right")
 TWO = scene_of(GREEN, CYAN)
 
 
@@ -440,7 +440,7 @@ def test_an_output_is_right_if_all_that_the_text_states_is_there_and_nothing_els
     others = {"shape": "square", "color": "red", "size": "small", "cell": "top right", "motion": "moving up"}
     outputs = [scene_of(GREEN, CYAN._replace(**{field: word})) for field, word in others.items()]
     outputs += [TWO, scene_of(*TWO.objects, ground="white"), scene_of(GREEN)]
-    outputs.append(scene_of(*TWO.objects, figures.thing("square", "blue", "small", "top")))
+    outputs.append(scene_of(*TWO.objects, world.Object("square", "blue", "small", "top")))
     clips = clips_of(*outputs)
 
     def right(told):
@@ -516,7 +516,7 @@ def test_captions_may_choose_only_what_the_prompt_leaves_free():
 
 
 def test_the_overlap_of_shapes_falls_when_corners_are_lost():
-    square = figures.thing("square", "red", "large", "left", "moving right")
+    square = world.Object("square", "red", "large", "left", "moving right")
     sample = sample_of(scene_of(square))
     sharp, melted = clips_of(sample.target, scene_of(square._replace(shape="circle")))
     late = torch.cat([sharp[:, :8], melted[:, 8:]], 1)

@@ -64,7 +64,8 @@ STYLES = ("item", "item", "sentence", "sentence", "first item")  # rules of lang
 HELD_OUT_LAYOUTS = {frozenset(pair) for pair in [  # pairs of cells that training never fills
     ("top left", "right"), ("top right", "bottom"), ("bottom right", "left"), ("bottom left", "top")]}
 # fmt: on
-Object = namedtuple("Object", "shape color size cell motion jitter")  # size, cell, jitter: in the first frame
+# size, cell, jitter: in the first frame
+Object = namedtuple("Object", "shape color size cell motion jitter", defaults=["standing still", (0, 0)])
 Scene = namedtuple("Scene", "background objects")  # of a clip, or of an image, which is its first frame
 # kind: of edit or request; images, video, target: Scenes; told: what short_prompt states of the target, a
 # Scene with None for what is free; relation: of the first object to the second, if short_prompt states it
@@ -119,16 +120,6 @@ def relations(first, second):
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 
-def is_straight(cell, other):
-    """Are two cells in one row or column?"""
-    return any(a == b for a, b in zip(CELLS[cell], CELLS[other]))
-
-
-def placed(item, cell):
-    """The object moved to the middle of a cell, or as it is if it is in that cell already."""
-    return item if item.cell == cell else item._replace(cell=cell, jitter=(0, 0))
-
-
 def join(parts, mark):
     """Parts as one text, with a mark, such as "and" or ".", before the last one."""
     between = ". " if mark == "." else ", "
@@ -139,12 +130,9 @@ def join(parts, mark):
 def facts(item):
     """What a phrase can say about an object, under the names that language.py uses."""
     motion = MOTIONS[item.motion]
-    return {
-        "size": item.size, "color": item.color, "shape": item.shape, "cell": item.cell, "motion": item.motion,
-        "does": motion.does, "do": motion.do,
-        "seen shape": f"the {item.shape}", "the cell": f"the {item.cell}",
-        "from": f"from {item.cell}" if item.motion.startswith("moving") else item.cell,
-    }  # fmt: skip
+    more = {"seen shape": f"the {item.shape}", "the cell": f"the {item.cell}"}
+    more["from"] = f"from {item.cell}" if item.motion.startswith("moving") else item.cell
+    return item._asdict() | more | {"does": motion.does, "do": motion.do}
 
 
 def told_of(item, stated):
@@ -194,8 +182,7 @@ class SampleMaker(Speaker):
     def request(self, images, clip):
         """Text -> image or video. The text states some of the scene, and the rest is free."""
         most = 2 if clip else 3
-        kinds = ["", "", "", "", "counting"] if clip else ["", "", "", "counting", "position"]
-        kind = self.choice(kinds)
+        kind = self.choice(["", "", "", "", "counting"] if clip else ["", "", "", "counting", "position"])
         count = {"": self.randint(1, most), "counting": self.randint(2, most), "position": 2}[kind]
         scene = self.scene(count, clip, alike=count if kind == "counting" else 1)
         if kind == "counting" and count == 3 and self.random() < 0.3:
@@ -208,8 +195,9 @@ class SampleMaker(Speaker):
             text, told, relation = long, scene, ""
         return Sample(kind, long, self.mumble(text), [], None, scene, told, relation)
 
-    def phrase(self, scene, clip, kind=""):
-        """A request for a scene as people type it -> text, the Scene and the relation that it states."""
+    def phrase(self, scene, clip, kind):
+        """A request for a scene as people type it -> text, the Scene and the relation that it states. Puts
+        the scene's objects into the order of the text."""
         quiet, relation = clip and self.random() < 0.06, ""  # quiet: says nothing of motions
         style = self.choice(["item", "sentence"] if kind else STYLES)
         style = "item" if quiet else style
@@ -220,7 +208,7 @@ class SampleMaker(Speaker):
             order, _ = self.say(f"relation {style}", how=relation, **marks)
             text = Words(order.format(first, second))
             told = [told_of(*pair) for pair in zip(scene.objects, (stated, more))]
-            if order.index("{1}") < order.index("{0}"):  # objects come in the order of the text
+            if order.index("{1}") < order.index("{0}"):
                 relation = OPPOSITE[relation]
                 scene.objects.reverse()
                 told.reverse()
@@ -246,7 +234,7 @@ class SampleMaker(Speaker):
             if len(group) > 1:
                 words["number"] = "three" if len(group) == 3 else "two moving" if moving else "two"
                 words["plural"] = f"{shape}es" if shape == "cross" else f"{shape}s"
-                words["cells"] = join([Words(f"one {self.say(item.cell)[0]}") for item in group], "and")
+                words["cells"] = join([f"one {self.say(item.cell)[0]}" for item in group], "and")
             text, stated = self.say(f"{rule}s" if len(group) > 1 else rule, **words)
             phrases.append(text)
             told += [told_of(item, stated) for item in group]
@@ -270,9 +258,7 @@ class SampleMaker(Speaker):
     def refer(self, item, scene, by=None):
         """Words that fit one object of a scene alone; `by` "place" or "motion": these may name it, too."""
         others = [other for other in scene.objects if other is not item]
-        names = ["by name"]
-        if not others:
-            names += ["only", "only"]
+        names = ["by name"] if others else ["by name", "only", "only"]
         if all(other.shape != item.shape for other in others):
             names += ["by shape", "by shape"]
         if all(other.color != item.color for other in others):
@@ -283,9 +269,9 @@ class SampleMaker(Speaker):
         alone = all(item.cell not in other.cell.split() for other in others)
         if by == "place" and alone or by == "motion" and all(other.motion != item.motion for other in others):
             names.append(f"by {by}")
-        if by == "motion" and item.motion.startswith("moving"):
-            if all(other.motion == "standing still" for other in others):
-                names.append("by moving")
+        moving = [other for other in scene.objects if other.motion != "standing still"]
+        if by == "motion" and moving == [item] and item.motion.startswith("moving"):
+            names.append("by moving")
         return self.say(self.choice(names), **facts(item))[0]
 
     def edit(self, images, clip):
@@ -315,29 +301,63 @@ class SampleMaker(Speaker):
         others = [item for item in objects if item not in changed]
         cells = [cell for cell in STARTS[new.motion] if cell != it.cell]
         if kind == "move":  # to an edge only straight: else "to the left" could mean the corner
-            edges = {"top", "bottom", "left", "right"}
-            straight = [c for c in edges if it.cell in edges | {"center"} and is_straight(c, it.cell)]
-            cells = [c for c in cells if c not in edges or c in straight]
+            lines = ({"top", "center", "bottom"}, {"left", "center", "right"})
+            straight = {"center"}.union(*[line for line in lines if it.cell in line])
+            cells = [cell for cell in cells if " " in cell or cell in straight]
         cell = self.choice(cells)
-        words = facts(new._replace(cell=cell)) | {
+        added = new if new.cell == cell else new._replace(cell=cell, jitter=(0, 0))
+        words = facts(added) | {
             "new": new.color, "ground": ground, "made": f"made {new.size}", "scale": f"scale {new.size}",
-            "what": "clip" if clip else "picture", "k": str(number + 1), "donor": "of Image",
-            "donor ground": "ground of Image", "the old": f"the {it.cell}",
+            "what": "clip" if clip else "picture", "k": str(number + 1), "last": str(len(shown) + 1),
+            "donor": "of Image", "donor ground": "ground of Image", "the old": f"the {it.cell}",
             "old": {"background": here, "move": it.cell}.get(kind, it.color),
         }  # fmt: skip
-        rule, named = kind, it
+        text, stated = self.phrase_edit(kind, scene, changed, words, by_donor, clip)
+        color = new.color if by_donor or "color" in stated else it.color
+        size = new.size if "size" in stated else it.size
+        left = {
+            "recolor": others + [item._replace(color=new.color) for item in changed],
+            "replace": [*others, it._replace(shape=new.shape, color=color, size=size)],
+            "add": [*objects, added],
+            "remove": others,
+            "background": objects,
+            "move": [*others, it._replace(cell=cell, jitter=(0, 0))],
+            "resize": others + [item._replace(size=new.size) for item in changed],
+            "compose": [new],
+        }
+        told = target = Scene(ground if kind == "background" else here, left[kind])
+        if kind == "add" and not by_donor:
+            told = Scene(here, [*objects, told_of(added, stated | {"motion"})])
+            if "color" not in stated and any(item.shape == new.shape for item in objects):
+                return None  # the text could mean the one that is there
+        different = describe(target, clip) != describe(scene, clip)
+        fitting = all(GROWTH.get(item.motion, item.size) == item.size for item in target.objects)
+        if not (different and fitting and self.is_fine(target.objects)):
+            return None
+        if by_donor and kind == "replace" and new.size != it.size:
+            return None  # whose size?
+        if not both and len({item[:2] for item in target.objects}) < len(target.objects):
+            return None
+        images = shown if by_donor else []
+        images, video = (images, scene) if clip else ([*images, scene], None)
+        return Sample(kind, describe(target, clip), self.mumble(text), images, video, target, told)
+
+    def phrase_edit(self, kind, scene, changed, words, by_donor, clip):
+        """The text of an edit of one or two objects of a scene, and the names of the facts that it states.
+        `words` are what it can say, under the names that language.py uses."""
+        rule, named, both = kind, changed[0], len(changed) == 2
         if by_donor:
             rule = kind if kind == "compose" else f"{kind} as"
-        elif kind == "add" and new.motion != "standing still":
+        elif kind == "add" and words["motion"] != "standing still":
             rule = "add moving"
         elif kind in ("recolor", "background", "move") and not both and self.random() < 0.12:
             rule = f"{kind} from"
-        elif kind == "remove" and len(others) == 1 and self.random() < 0.15:
-            rule, [named] = "keep only", others
+        elif kind == "remove" and not both and len(scene.objects) == 2 and self.random() < 0.15:
+            rule, [named] = "keep only", [item for item in scene.objects if item != named]
         where = "inside the video" if clip else "inside Image" if by_donor else "inside the image"
-        inside = {"inside": where, "k": str(len(shown) + 1)}
+        inside = {"inside": where, "k": words["last"]}
         if kind == "compose":
-            words["base ground"] = self.say("ground of Image", k=inside["k"])[0]
+            words["base ground"] = self.say("ground of Image", **inside)[0]
         elif kind not in ("add", "background"):  # their texts name no object of the scene
             by = "motion" if clip else "place"  # in clips, objects leave their places
             words["it"] = self.say("each")[0] if both else self.refer(named, scene, by)
@@ -346,36 +366,7 @@ class SampleMaker(Speaker):
         text, stated = self.say(rule, **words)
         if kind != "compose":
             text, _ = self.say("edit all" if both or rule == "keep only" else "edit", text=text, **inside)
-        color = new.color if by_donor or "color" in stated else it.color
-        size = new.size if "size" in stated and not by_donor else it.size
-        left = {
-            "recolor": others + [item._replace(color=new.color) for item in changed],
-            "replace": [*others, it._replace(shape=new.shape, color=color, size=size)],
-            "add": [*objects, placed(new, cell)],
-            "remove": others,
-            "background": objects,
-            "move": [*others, placed(it, cell)],
-            "resize": others + [item._replace(size=new.size) for item in changed],
-            "compose": [new],
-        }
-        told = target = Scene(ground if kind == "background" else here, left[kind])
-        if kind == "add" and not by_donor:
-            told = Scene(here, [*objects, told_of(target.objects[-1], stated | {"motion"})])
-        different = describe(target, clip) != describe(scene, clip)
-        fitting = all(GROWTH.get(item.motion, item.size) == item.size for item in target.objects)
-        if not (different and fitting and self.is_fine(target.objects)):
-            return None
-        if by_donor and kind == "replace" and new.size != it.size:
-            return None  # whose size?
-        seen = {item.shape for item in objects}
-        if kind == "add" and not by_donor and "color" not in stated and new.shape in seen:
-            return None  # the text could mean the one that is there
-        if not both and len({item[:2] for item in target.objects}) < len(target.objects):
-            return None
-        images, video = shown if by_donor else [], scene
-        if not clip:
-            images, video = [*images, scene], None
-        return Sample(kind, describe(target, clip), self.mumble(text), images, video, target, told)
+        return text, stated
 
     def cast(self, images, clip):
         """Images of one object each -> video of one or two of these objects, which begin where the text says,
@@ -425,9 +416,9 @@ class SampleMaker(Speaker):
         shown = [self.scene(self.randint(0, 2 if clip else 3), clip) for _ in range(images or 1)]
         number = self.randrange(len(shown))
         text, _ = self.say("watch" if clip else "look", k=str(number + 1))
-        video, shown = (shown[0], []) if clip else (None, shown)
-        target = video or shown[number]
-        return Sample("", text, text, shown, video, target, target)
+        target = shown[number]
+        images, video = ([], target) if clip else (shown, None)
+        return Sample("", text, text, images, video, target, target)
 
     def copy(self, images, clip):
         """One of the images, to be made again."""
