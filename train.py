@@ -765,13 +765,13 @@ def validate(run):
         contact_sheet(rows).save(run.out / f"step_{run.step:08d}.png")
 
 
-def shown(batch):
-    """The first sample's references and target for `contact_sheet`: {heading: pixels}."""
+def shown(batch, number=0):
+    """The references and the target of a sample for `contact_sheet`: {heading: pixels}."""
     columns = {}
     for k, reference in enumerate(batch.references, 1):
         heading = "Video 1" if reference.is_video else f"Image {k}"
-        columns[heading] = reference.pixels[0]
-    return columns | {"target": batch.target[0]}
+        columns[heading] = reference.pixels[number].cpu()
+    return columns | {"target": batch.target[number].cpu()}
 
 
 def film_strip(pixels):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from toy.detect import detect, fit, in_place, is_related, keeps, moves_as_told, obeys, pairings, shrink
 from toy.world import CELLS, MOTIONS, Object, Scene, ToyWorld, make_sample, relations
-from train import TINY, check_known, contact_sheet, make_stage
+from train import TINY, check_known, contact_sheet, make_stage, shown
 from vino import SYSTEM_PROMPT, InputError, Vino, apply_rope, attend
 
 # how: the way to make outputs, a key of `ways` in `measure`; mean: the name of a last row, the mean of the
@@ -58,31 +58,29 @@ def is_placed(order, sample):
 def score_clip(row, sample, output, target, source):
     """VBench. Only the motion class depends on the text; all other rows score the clip by itself."""
     frames, seen = shrink(output), detect(output)
-    path, time = tracks(seen), np.linspace(0, 1, len(seen))
+    bent = bend(seen)
     grounds = {s.background for s in seen}
     still = torch.stack([a.ground & b.ground for a, b in zip(seen, seen[1:])])
     pairs = [(a[2:5], b[2:5]) for a in seen[0].things for b in seen[-1].things if a[:2] == b[:2]]
     return {
-        ("subject consistency", "right"): path is not None,
+        ("subject consistency", "right"): bent < math.inf,
         ("background consistency", "right"): len(grounds) == 1 and "unclear" not in grounds,
-        ("motion smoothness", "right"): path is not None and bool(bend(path, time) < 1.5),
+        ("motion smoothness", "right"): bent < 1.5,
         ("temporal flickering", "gray levels"): frames.diff(dim=0).abs().mean(1)[still].mean().item(),
         ("dynamic degree", "right"): any(math.dist(*pair) > 3 for pair in pairs),
         ("motion class", "right"): moves_as_told(seen, sample.told.objects),
     }
 
 
-def tracks(seen):
-    """x, y and r of each thing in each frame, [T, 3 * things]. None if the frames show different things."""
+def bend(seen):
+    """How far the tracks of things (x, y and r) deviate, at most, from the straight lines that fit them best,
+    in pixels. Infinite if the frames show different things, or none."""
     if not seen[0].things or not keeps(seen, seen[0].things):
-        return None
-    return np.array([[length for thing in s.things for length in thing[2:5]] for s in seen])
-
-
-def bend(path, time):
-    """How far tracks deviate, at most, from the straight lines that fit them best, in pixels."""
-    slope, start = np.polyfit(time, path, 1)
-    return abs(path - np.outer(time, slope) - start).max()
+        return math.inf
+    time = np.linspace(0, 1, len(seen))
+    tracks = np.array([[length for thing in s.things for length in thing[2:5]] for s in seen])
+    slope, start = np.polyfit(time, tracks, 1)
+    return float(abs(tracks - np.outer(time, slope) - start).max())
 
 
 def psnr(output, target):
@@ -146,7 +144,7 @@ def read_caption(text):
     if not start or sentence.sub("", text) != start[0]:
         return None, Scene(None, [])
     objects = [
-        Object(shape, color, size, cell, moves or "standing still", (0, 0))
+        Object(shape, color, size, cell, moves or "standing still")
         for size, color, shape, cell, moves in sentence.findall(text)
     ]
     return start[1] == "video", Scene(start[2], objects)
@@ -280,14 +278,15 @@ def measure(suites, samples, world, device, ways):
     Returns: {suite: {(row, column): values}}, and rows for `contact_sheet`."""
     results, sheet = {suite: defaultdict(list) for suite in suites}, []
     rows = [(suite, row) for suite in results for row in SUITES[suite].rows]  # a suite given twice runs once
-    bar = tqdm(total=samples * len(rows), unit="sample")
-    for suite, row in rows:
+    bar = tqdm(rows, unit="row")
+    for suite, row in bar:
         score, how = SUITES[suite].score, row.how or SUITES[suite].how
         bar.set_description(f"{suite}, {row.name}")
         for drawn, batch in draw_batches(row, SUITES[suite].texts, samples, world, device):
-            outputs, is_text = ways[how](batch), how in ("answer", "rewrite")
-            targets, references = batch.target.cpu(), [r.pixels.cpu() for r in batch.references]
-            sources = references[0 if batch.task == "motion" else -1] if references else targets
+            outputs, is_text, targets = ways[how](batch), how in ("answer", "rewrite"), batch.target.cpu()
+            sources = targets
+            if batch.references:
+                sources = batch.references[0 if batch.task == "motion" else -1].pixels.cpu()
             for i, sample in enumerate(drawn):
                 values = score(row.name, sample, outputs[i], targets[i], sources[i])
                 for key, value in values.items():
@@ -296,12 +295,7 @@ def measure(suites, samples, world, device, ways):
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
                     text = outputs[i] if is_text else sample.prompt
                     label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {text}"
-                    columns = {f"Image {k}": r[i] for k, r in enumerate(references, 1)}
-                    if not is_text:
-                        columns["output"] = outputs[i]
-                    sheet.append((label, columns))
-            bar.update(len(drawn))
-    bar.close()
+                    sheet.append((label, shown(batch, i) | ({} if is_text else {"output": outputs[i]})))
     return results, sheet
 
 
