@@ -43,18 +43,18 @@ def examples(folder):
         write(folder / name, encode(Path(name).suffix, pixels[0], 8, {}))
 
 
-def gallery(columns, path, tasks=(), device="cpu"):
+def gallery(columns, path, tasks=()):
     """Write a picture to `path`: one held-out sample of each task, with its references and its target, and
     what each model makes of it. A .gif moves, and shows no targets.
 
     Args: columns, {heading: (weights, settings of Vino.generate)}; tasks, by default stage 3's. A task that
     is named twice gets two samples."""
-    models = {name: (Vino.load(weights, device=device), more) for name, (weights, more) in columns.items()}
+    models = {name: (Vino.load(weights), more) for name, (weights, more) in columns.items()}
     config = next(iter(models.values()))[0].config
     stage, rows = make_stage("3", config, {}), []
     world = ToyWorld(stage, config, seed=6)
     for number, task in enumerate(tqdm(tasks or stage.mixture, unit="row")):
-        batch = world.collate(task, [world.draw(task, 1, 1 + number)], torch.device(device))
+        batch = world.collate(task, [world.draw(task, 1, 1 + number)], "cpu")
         if task in ("t2i", "t2v", "i2v"):
             batch.prompts = batch.short_prompts
         outputs = {name: generate(model, batch, **more)[0] for name, (model, more) in models.items()}
@@ -64,24 +64,19 @@ def gallery(columns, path, tasks=(), device="cpu"):
         return
     frames = []
     for time in range(world.frames_that_fit(0, False)):
-        now = [
-            (label, {name: moment(p, time) for name, p in row.items() if name != "target"})
-            for label, row in rows
-        ]
-        frames.append(contact_sheet(now, least=128))
-    pause = [frames[-1]] * 6
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:] + pause, duration=1000 / config.sampling.fps, loop=0
-    )
+        frames.append(contact_sheet([(label, moment(row, time)) for label, row in rows], least=128))
+    more, timing = frames[1:] + [frames[-1]] * 6, {"duration": 1000 / config.sampling.fps, "loop": 0}
+    frames[0].save(path, save_all=True, append_images=more, **timing)
 
 
-def moment(pixels, time):
-    """One frame of a clip, or an image: [3, 1, H, W]."""
-    return pixels[:, [min(time, pixels.shape[1] - 1)]]
+def moment(row, time):
+    """One frame of each clip in a row, {heading: [3, 1, H, W]}, and its images, but not its target."""
+    return {name: p[:, [min(time, p.shape[1] - 1)]] for name, p in row.items() if name != "target"}
 
 
-def chart(curves, name, width=900, height=400):
+def chart(curves, name):
     """Draw one number of {label: records} on a log scale, as running means over a fiftieth of each run."""
+    width, height = 900, 400
     lines = {}
     for label, records in curves.items():
         window = math.ceil(len(records) / 50)
@@ -131,9 +126,8 @@ def compare(folders, path):
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        "toy.figures", "python -m toy.figures [examples|curves|gallery] [NAME=PATH ...]"
-    )
+    usage = "python -m toy.figures [examples|curves|gallery] [NAME=PATH ...]"
+    parser = argparse.ArgumentParser("toy.figures", usage)
     parser.add_argument("what", nargs="?", choices=["all", "examples", "curves", "gallery"], default="all")
     parser.add_argument("runs", nargs="*", metavar="NAME=PATH", help="folders of runs, or weights")
     parser.add_argument("--tasks", nargs="+", default=(), help="rows of a gallery; by default stage 3's")
@@ -148,8 +142,8 @@ def main(arguments=None):
         check_known("task", args.tasks, TASKS)
         if Path(args.out).suffix not in (".png", ".gif"):
             raise InputError(f"--out {args.out} should end in .png or .gif")
-        if args.what in ("curves", "gallery") and not named:
-            raise InputError(f"{args.what} needs NAME=PATH, such as before=assets/tiny.safetensors")
+        if args.what in ("curves", "gallery") and len(named) < max(1, len(args.runs)):
+            raise InputError(f"{args.what} needs NAME=PATH, each name once: before=assets/tiny.safetensors")
         if args.what == "curves":
             print(compare(named, args.out))
         elif args.what == "examples":

@@ -614,7 +614,7 @@ def test_a_suite_or_a_file_that_does_not_exist_is_one_line(call, tmp_path, capsy
     [
         ("gallery a=b.safetensors --tasks t2q", "unknown task 't2q'"),
         ("gallery", "gallery needs NAME=PATH"),
-        ("curves runs/stage3", "curves needs NAME=PATH"),
+        ("curves a=runs/stage3 runs/other", "curves needs NAME=PATH"),
         ("gallery a=b.safetensors --out note.txt", "note.txt should end in .png or .gif"),
     ],
 )
