@@ -939,17 +939,17 @@ def start(run, found, saved):
         partial.replace(run.out / "metrics.jsonl")
 
 
-def main(arguments=None, parse=parse_arguments, work=lambda args: train(prepare(args))):
+def main(arguments=None, name="train.py", parse=parse_arguments, work=lambda args: train(prepare(args))):
     """Run the command line `arguments` -> exit status. What the user got wrong is one line."""
     args = parse(arguments)
     try:
         return work(args)
     except (InputError, OSError, SafetensorError) as error:  # the last two come from the disk
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         advice = "try fewer --latent-frames, --shard fsdp on more GPUs, or --ema-on-host"
-        print(f"train.py: {one_line(error)}; {advice}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}; {advice}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 import train
 from toy.language import toy_tokenizer
@@ -84,10 +85,8 @@ class BatchedFrameAttention(nn.Module):
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings, **_):
         """All patches [L, D], the borders of the frames, and RoPE's cosines and sines -> [L, D]."""
-        cos, sin = (x[:, None] for x in position_embeddings)  # [L, 1, head]
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [L, heads, head]
-        rotated = [torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) for x in (q, k)]
-        q, k = ((x * cos + y * sin).to(v.dtype) for x, y in zip((q, k), rotated))
+        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         frames = len(cu_seqlens) - 1
         q, k, v = (x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(ANY_LENGTH):  # cuDNN's gradients are not always finite
@@ -144,12 +143,11 @@ class NativeText(nn.Module):
 
     def forward(self, prompts):
         """B texts -> Condition."""
-        ids = [[self.start, *encoding.ids] for encoding in self.tokenizer.encode_batch(prompts)]
-        lengths, device = torch.tensor([len(row) for row in ids]), self.words.weight.device
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
-        places = torch.arange(ids.shape[1], device=device)
-        mask = places < lengths.to(device)[:, None]
-        return Condition(self.words(ids) + self.places(places), mask, [])
+        encodings = self.tokenizer.encode_batch(prompts)
+        ids = [torch.tensor([self.start, *encoding.ids]) for encoding in encodings]
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).to(self.words.weight.device)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return Condition(self.words(ids.clamp(min=0)) + self.places(places), ids >= 0, [])
 
 
 class TextToVideo(Objective):
@@ -241,7 +239,7 @@ def pretrain(args):
 
 def main(arguments=None):
     """Run the command line `arguments` -> exit status."""
-    return train.main(arguments, parse_arguments, pretrain)
+    return train.main(arguments, "toy.pretrain", parse_arguments, pretrain)
 
 
 if __name__ == "__main__":
