@@ -115,13 +115,13 @@ def golden_model(folder):
     del sizes["mmdit"]["qk_norm"], sizes["mmdit"]["guidance_embeds"]
     parts = {name: sizes[name] for name in ("vision", "mmdit", "vae", "num_queries")}
     config = Config.from_dict({"text": text, **parts})
-    tokens = sorted(golden["special_tokens"], key=golden["special_tokens"].get)
+    assert vino.SPECIAL_TOKENS == sorted(golden["special_tokens"], key=golden["special_tokens"].get)
     names, stream = {"mmdit": "transformer", "vae": "vae", "vlm": "mm_encoder.mm_encoder"}, []
     for name, tensor in load_file(folder / "weights.safetensors").items():
         first, dot, rest = name.partition(".")
         stream.append((names.get(first, f"mm_encoder.{first}") + dot + rest, tensor))
     with torch.device("meta"):
-        model = Vino(config, vino.byte_tokenizer(tokens))
+        model = Vino(config, vino.byte_tokenizer())
     model.fill(stream, folder, "cpu", torch.float32)
     return model.eval()
 
