@@ -954,11 +954,6 @@ class Config:
             raise InputError(f"{source}: {error}") from error
         return config
 
-    @classmethod
-    def from_file(cls, path):
-        """Like `from_dict`, from a JSON file."""
-        return cls.from_dict(read_json(path), source=path)
-
 
 class Vino(nn.Module):
     """Figure 3. Parameter names are the public checkpoint's: `transformer.`, `mm_encoder.`, and `vae.`."""

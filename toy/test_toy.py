@@ -22,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # pytest runs from anywhe
 import train
 import vino
 from toy import benchmark, figures, language, pretrain, world
-from vino import Config, Vino
+from vino import Vino
 
 HERE = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def toy():
-    config = Config.from_file(HERE / "tiny_config.json")
+    config = vino.read_config(HERE / "tiny_config.json", "random")
     return world.ToyWorld(train.make_stage("3", config, {}), config, 0)
 
 
