@@ -132,33 +132,23 @@ class Captioning(Objective):
         return batch.target, self.vino.mm_encoder.answer(batch.short_prompts, references)
 
 
-class NativeText(nn.Module):
-    """The tiny text-to-video model's own text encoder: word and position embeddings."""
-
-    def __init__(self, config, tokenizer):
-        super().__init__()
-        self.tokenizer, self.start = tokenizer, tokenizer.token_to_id("<|im_start|>")
-        self.words = nn.Embedding(config.text.vocab_size, config.mmdit.text_embed_dim)
-        self.places = nn.Embedding(256, config.mmdit.text_embed_dim)
-
-    def forward(self, prompts):
-        """B texts -> Condition."""
-        encodings = self.tokenizer.encode_batch(prompts)
-        ids = [torch.tensor([self.start, *encoding.ids]) for encoding in encodings]
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).to(self.words.weight.device)
-        places = torch.arange(ids.shape[1], device=ids.device)
-        return Condition(self.words(ids.clamp(min=0)) + self.places(places), ids >= 0, [])
-
-
 class TextToVideo(Objective):
-    """Rectified flow under the native text encoder."""
+    """Rectified flow under a text encoder of the tiny model's own: word and position embeddings."""
 
     def __init__(self, vino, shift):
         super().__init__(vino, shift)
-        self.native_text = NativeText(vino.config, vino.mm_encoder.tokenizer)
+        width = vino.config.mmdit.text_embed_dim
+        words, places = nn.Embedding(vino.config.text.vocab_size, width), nn.Embedding(256, width)
+        self.native_text = nn.ModuleDict({"words": words, "places": places})
 
     def condition(self, batch):
-        return self.native_text(batch.prompts)
+        tokenizer, device = self.vino.mm_encoder.tokenizer, self.native_text.words.weight.device
+        start = tokenizer.token_to_id("<|im_start|>")
+        ids = [torch.tensor([start, *encoding.ids]) for encoding in tokenizer.encode_batch(batch.prompts)]
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).to(device)
+        places = torch.arange(ids.shape[1], device=device)
+        tokens = self.native_text.words(ids.clamp(min=0)) + self.native_text.places(places)
+        return Condition(tokens, ids >= 0, [])
 
 
 OBJECTIVES = {"vae": Autoencoding, "vlm": Captioning, "mmdit": TextToVideo}
