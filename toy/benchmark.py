@@ -108,14 +108,13 @@ def score_edit(row, sample, output, target, source):
     """GEdit and OpenVE. Does the output show the target's scene, and does the rest stay unchanged? The PSNR
     of the rest is measured only if the text leaves nothing free."""
     last = output.shape[1] - 1
-    seen = detect(output[:, sorted({0, last // 2, last})])
-    whole, done = sample.told == sample.target, obeys(seen, sample)
-    changed = ((target - source).abs().amax(0) > 1e-3).float()  # [T, H, W]
-    same = F.max_pool2d(changed[:, None], 5, 1, 2)[:, 0] == 0
-    rest = psnr(output[:, same], target[:, same]) if whole else math.nan
-    values = {(row, "success"): done, (row, "rest, dB"): rest}
-    if last:
-        values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0]) if whole else math.nan
+    values = {(row, "success"): obeys(detect(output[:, sorted({0, last // 2, last})]), sample)}
+    if sample.told == sample.target:
+        changed = ((target - source).abs().amax(0) > 1e-3).float()  # [T, H, W]
+        same = F.max_pool2d(changed[:, None], 5, 1, 2)[:, 0] == 0
+        values[row, "rest, dB"] = psnr(output[:, same], target[:, same])
+        if last:
+            values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     return values
 
 
@@ -237,14 +236,10 @@ SUITES = {
     ]),
     "openve": Suite(score_edit, VIDEO_EDITS, mean="mean"),
     "understanding": Suite(score_answer, how="answer", mean="mean", rows=[
-        Row("images", [("look", 1)], objects=1),
-        Row("clips", [("watch", 0)], objects=1),
-    ]),
+        Row("images", [("look", 1)], objects=1), Row("clips", [("watch", 0)], objects=1)]),
     "instructions": Suite(score_caption, [*CASTS, *VIDEO_EDITS], how="answer", mean="mean", texts="short"),
     "shapes": Suite(score_shapes, texts="long", rows=[
-        Row("VAE alone", CLIP, how="autoencode"),
-        Row("whole model", CLIP),
-    ]),
+        Row("VAE alone", CLIP, how="autoencode"), Row("whole model", CLIP)]),
     "autoencoder": Suite(score_copy, how="autoencode", rows=[Row("images", IMAGE), Row("clips", CLIP)]),
 }  # fmt: skip
 BATCH, SHOWN = 100, 2  # samples made together; samples that the picture shows of each row and layout
