@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -35,12 +34,12 @@ EXAMPLES = [
 ]  # fmt: skip
 
 
-def examples(folder):
-    """Write EXAMPLES to a folder."""
-    folder.mkdir(exist_ok=True)
+def examples():
+    """Write EXAMPLES to assets/examples."""
     for name, size, scene in EXAMPLES:
-        pixels = render([scene], 9 if name.endswith("mp4") else 1, size, torch.device("cpu"))
-        write(folder / name, encode(Path(name).suffix, pixels[0], 8, {}))
+        path = HERE / "assets" / "examples" / name
+        [pixels] = render([scene], 9 if path.suffix == ".mp4" else 1, size, "cpu")
+        write(path, encode(path.suffix, pixels, 8, {}))
 
 
 def gallery(columns, path, tasks=()):
@@ -147,7 +146,7 @@ def main(arguments=None):
         if args.what == "curves":
             print(compare(named, args.out))
         elif args.what == "examples":
-            examples(HERE / "assets" / "examples")
+            examples()
         elif args.what == "gallery":
             gallery({name: (path, {}) for name, path in named.items()}, args.out, args.tasks)
         else:

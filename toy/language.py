@@ -485,11 +485,11 @@ class Speaker(random.Random):
 def toy_tokenizer():
     """A tokenizer with one token for a word, whatever its case and the punctuation around it. It keeps only
     the punctuation of figure 4's template and of captions; each unknown word becomes one UNKNOWN."""
-    texts = [SYSTEM_PROMPT, Config().sampling.rewrite_system, " ".join(map(str, range(10)))]
-    texts.append("system user assistant seconds black white")
-    texts.append(re.sub(r"#.*|.* = |\{.*?\}", " ", RULES))  # without comments and names
-    words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
-    vocabulary = {word: number for number, word in enumerate([UNKNOWN, *"\n.:<>", *sorted(words)])}
+    phrases = re.sub(r"#.*|.* = |\{.*?\}", " ", RULES)  # without comments and names
+    more = "0 1 2 3 4 5 6 7 8 9 system user assistant seconds black white"
+    texts = " ".join([phrases, more, SYSTEM_PROMPT, Config().sampling.rewrite_system])
+    words = sorted({*re.findall(r"\w+", texts.lower())})
+    vocabulary = {word: number for number, word in enumerate([UNKNOWN, *"\n.:<>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     token = Regex(r"\d|[^\W\d]+|[\n.:<>]")

@@ -204,8 +204,8 @@ class SampleMaker(Speaker):
         if kind == "position":
             relation = self.choice(relations(*scene.objects))
             (first, stated), (second, more) = (self.say("thing", **facts(item)) for item in scene.objects)
-            marks = {"first": Words("{0}"), "second": Words("{1}")}  # the phrases may be alike
-            order, _ = self.say(f"relation {style}", how=relation, **marks)
+            # Marks, as the two phrases may be alike.
+            order, _ = self.say(f"relation {style}", how=relation, first=Words("{0}"), second=Words("{1}"))
             text = Words(order.format(first, second))
             told = [told_of(*pair) for pair in zip(scene.objects, (stated, more))]
             if order.index("{1}") < order.index("{0}"):
@@ -467,11 +467,10 @@ class ToyWorld(Source):
         """A list of what `draw` returns -> Batch."""
         if isinstance(samples[0], Sample):
             return self.render(task, samples, device)
-        layout = task, samples[0][0]
+        layout, numbers = (task, samples[0][0]), [number for _, number in samples]
         if layout not in self.encoded:
             self.encoded[layout] = self.encode(*layout, device)
-        kept, numbers = self.encoded[layout], [number for _, number in samples]
-        rows = torch.tensor(numbers, device=device)
+        kept, rows = self.encoded[layout], torch.tensor(numbers, device=device)
         prompts, short_prompts = ([texts[n] for n in numbers] for texts in (kept.prompts, kept.short_prompts))
         references = []
         for whole in kept.references:
