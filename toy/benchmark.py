@@ -41,10 +41,7 @@ def score_image(row, sample, output, target, source):
     if row in ("single object", "two objects"):  # other rows score their colours
         right = sorted(thing.shape for thing in seen[0].things) == sorted(item.shape for item in told)
     else:
-        orders = [first for first, _ in pairings(seen, told)]
-        if row == "position":
-            orders = [order for order in orders if is_placed(order, sample)]
-        right = bool(orders)
+        right = any(row != "position" or is_placed(first, sample) for first, _ in pairings(seen, told))
     return {(row, "right"): right, (row, KINDS[sample.prompt == sample.short_prompt]): right}
 
 
@@ -142,10 +139,9 @@ def read_caption(text):
     start = re.match(r"an? (image|video) on an? (\w+) background\.", text)
     if not start or sentence.sub("", text) != start[0]:
         return None, Scene(None, [])
-    objects = [
-        Object(shape, color, size, cell, moves or "standing still")
-        for size, color, shape, cell, moves in sentence.findall(text)
-    ]
+    objects = []
+    for size, color, shape, cell, moves in sentence.findall(text):
+        objects.append(Object(shape, color, size, cell, moves or "standing still"))
     return start[1] == "video", Scene(start[2], objects)
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
@@ -29,7 +28,7 @@ from toy.language import toy_tokenizer
 from toy.world import ToyWorld
 from train import HERE, Objective, Run, Stage, chance, draw_noise, make_stage
 from vino import (
-    ANY_LENGTH, SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, build_prompts, read_config,
+    SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, attend, build_prompts, read_config,
 )  # fmt: skip
 
 TOY = dict(beta1=0.9, beta2=0.99, ema=0.0, area=64**2, drop=0.0, warmup=200, checkpointing=False)
@@ -88,10 +87,8 @@ class BatchedFrameAttention(nn.Module):
         q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.heads, -1)).unbind(1)  # [L, heads, head]
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         frames = len(cu_seqlens) - 1
-        q, k, v = (x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(ANY_LENGTH):  # cuDNN's gradients are not always finite
-            x = F.scaled_dot_product_attention(q, k, v)  # [frames, heads, L / frames, head]
-        return self.proj(x.transpose(1, 2).flatten(2).flatten(0, 1))
+        q, k, v = (x.unflatten(0, (frames, -1)) for x in (q, k, v))  # [frames, L / frames, heads, head]
+        return self.proj(attend(q, k, v).flatten(0, 1))
 
 
 class Captioning(Objective):

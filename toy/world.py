@@ -381,12 +381,11 @@ class SampleMaker(Speaker):
                 item, k = objects[place], {"k": str(number + 1)}
                 text, stated = self.say("star", donor=self.say("of Image", **k)[0], **facts(item))
                 parts.append(text)
-                seen = item
+                seen = item._replace(motion="standing still")
                 if "cell" in stated:
                     objects[place] = item._replace(jitter=(0, 0))
                     cell = self.choice([cell for cell in CELLS if cell != item.cell])
-                    seen = self.object()._replace(cell=cell)
-                seen = Object(*item[:3], seen.cell, "standing still", seen.jitter)
+                    seen = seen._replace(cell=cell, jitter=self.object().jitter)
                 shown[number] = shown[number]._replace(objects=[seen])
             if self.is_fine(objects):
                 break
