@@ -148,9 +148,8 @@ def obeys(seen, sample):
     """Do frames show all that the text of a sample states? What it leaves out is free."""
     told, full = sample.told, sample.target.objects
     grounds = {frame.background for frame in seen}
-    if len(grounds) > 1 or "unclear" in grounds or not keeps(seen, seen[0].things):
-        return False
-    if told.background not in (None, *grounds):
+    fitting = len(grounds) == 1 and "unclear" not in grounds and told.background in (None, *grounds)
+    if not fitting or not keeps(seen, seen[0].things):
         return False
 
     def is_right(item, whole, first, last):
