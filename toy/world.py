@@ -416,8 +416,7 @@ class SampleMaker(Speaker):
         number = self.randrange(len(shown))
         text, _ = self.say("watch" if clip else "look", k=str(number + 1))
         target = shown[number]
-        images, video = ([], target) if clip else (shown, None)
-        return Sample("", text, text, images, video, target, target)
+        return Sample("", text, text, [] if clip else shown, target if clip else None, target, target)
 
     def copy(self, images, clip):
         """One of the images, to be made again."""
