@@ -42,7 +42,8 @@ def score_image(row, sample, output, target, source):
         right = sorted(thing.shape for thing in seen[0].things) == sorted(item.shape for item in told)
     else:
         right = any(row != "position" or is_placed(first, sample) for first, _ in pairings(seen, told))
-    return {(row, "right"): right, (row, KINDS[sample.prompt == sample.short_prompt]): right}
+    kind = KINDS[1] if sample.prompt == sample.short_prompt else KINDS[0]
+    return {(row, "right"): right, (row, kind): right}
 
 
 def is_placed(order, sample):

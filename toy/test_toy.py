@@ -577,6 +577,23 @@ def test_the_queries_share_of_attention_is_measured_without_changing_the_velocit
     assert 0 < benchmark.queries_share(model, "a red circle", steps=2) < 1
 
 
+def test_figure_13_tells_long_from_short_prompts_with_and_without_queries(toy, monkeypatch):
+    monkeypatch.setattr(benchmark, "queries_share", lambda model, prompt: 0.25)
+    sampling, removed = SimpleNamespace(rewrite=True), []
+    model = SimpleNamespace(
+        config=SimpleNamespace(sampling=sampling), remove_queries=lambda: removed.append(1)
+    )
+    ways = {"generate": lambda batch: batch.target * (not removed)}
+    lines = benchmark.table({"queries": benchmark.compare_queries(model, toy, 3, "cpu", ways)}).splitlines()
+    assert (
+        lines[-2] == "| long prompts | 12 | 25.00 ± 0.00 | 100.0% (75.7% to 100.0%) | 0.0% (0.0% to 24.3%) |"
+    )
+    assert (
+        lines[-1] == "| short prompts | 12 | 25.00 ± 0.00 | 100.0% (61.0% to 100.0%) | 0.0% (0.0% to 39.0%) |"
+    )
+    assert not sampling.rewrite
+
+
 # --- Pictures -----------------------------------------------------------------------------------------------
 
 
