@@ -162,6 +162,8 @@ sentence = 2*there is {thing} | there's {thing} | 4*{thing} is {cell} | there is
     | {thing} stands {cell} | {thing} sits {cell} | {cell} [I want|put|you see] {thing}
     | {thing} should be {cell}
 items = 3*{things} | {things}, {cells} | {things}: {cells}
+two cells = one {cell 1} and one {cell 2}
+three cells = one {cell 1}, one {cell 2} and one {cell 3}
 sentences = 3*there are {things} | there are {things}, {cells} | there are {things}: {cells}
 moving item = 5*{thing} {motion} | 3*{thing} {cell} {motion} | 2*{thing} {motion} {from}
     | {thing}, {motion} | {thing} which {does} | {thing}, {motion}, {cell} | {thing} that is {motion}

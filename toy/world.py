@@ -234,7 +234,8 @@ class SampleMaker(Speaker):
             if len(group) > 1:
                 words["number"] = "three" if len(group) == 3 else "two moving" if moving else "two"
                 words["plural"] = f"{shape}es" if shape == "cross" else f"{shape}s"
-                words["cells"] = join([f"one {self.say(item.cell)[0]}" for item in group], "and")
+                words["cells"] = "three cells" if len(group) == 3 else "two cells"
+                words |= {f"cell {number}": item.cell for number, item in enumerate(group, 1)}
             text, stated = self.say(f"{rule}s" if len(group) > 1 else rule, **words)
             phrases.append(text)
             told += [told_of(item, stated) for item in group]
