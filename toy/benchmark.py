@@ -228,10 +228,10 @@ VIDEO_EDITS = [
 ]
 PHRASINGS = [
     Row(f"{name}, {phrasing}", layouts, None, phrasing=phrasing)
-    for name, *choices in [("images", IMAGE, IMAGE), ("clips", CLIP, CLIP),
-                           ("image edits", [*EDIT, ("ti2i_ref", 2)], EDIT),
-                           ("video edits", VIDEO_EDIT, VIDEO_EDIT[:1])]
-    for phrasing, layouts in zip(("known", "unknown", "by others"), (choices[0], *choices))
+    for name, drawn, written in [("images", IMAGE, IMAGE), ("clips", CLIP, CLIP),
+                                 ("image edits", [*EDIT, ("ti2i_ref", 2)], EDIT),
+                                 ("video edits", VIDEO_EDIT, [("tv2v", 0)])]
+    for phrasing, layouts in [("known", drawn), ("unknown", drawn), ("by others", written)]
 ]  # fmt: skip
 SUITES = {
     "phrasings": Suite(score_phrasing, PHRASINGS, texts="short"),
@@ -270,8 +270,8 @@ BATCH, SHOWN = 100, 2  # samples made together; samples that the picture shows o
 
 
 def requests_by_others(task):
-    """The Samples of by_others.json, whose texts someone has written without having seen the grammar. For
-    their targets, what a text leaves free is drawn."""
+    """The Samples of by_others.json, whose author had not seen the grammar. What a text leaves free is drawn,
+    for the target."""
     requests = json.loads(Path(__file__).with_name("by_others.json").read_text())
     maker, still = SampleMaker(f"by others {task}"), ["standing still"] * (not TASKS[task].clip)
 
@@ -299,12 +299,14 @@ def draw_batches(row, texts, samples, world, device):
     for number, (task, images) in enumerate(row.layouts):
         share = (samples + number) // len(row.layouts)
         seeds = (f"benchmark {row.name} {world.seed} {task} {i}" for i in count())
-        made = (make_sample(seed, task, images, row.phrasing) for seed in seeds)
-        kept = (sample for sample in made if belongs(sample, row))
-        kept = requests_by_others(task) if row.phrasing == "by others" else kept
+        if row.phrasing == "by others":
+            kept = requests_by_others(task)
+        else:
+            made = (make_sample(seed, task, images, row.phrasing) for seed in seeds)
+            kept = (sample for sample in made if belongs(sample, row))
         for first in range(0, share, BATCH):
             drawn = [*islice(kept, min(BATCH, share - first))]
-            if not drawn:
+            if not drawn:  # the file has no more
                 break
             for i, sample in enumerate(drawn):
                 if texts == "short" or texts == "both" and i % 2:

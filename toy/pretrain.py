@@ -90,7 +90,7 @@ class BatchedFrameAttention(nn.Module):
         q, k = ((x * cos + y * sin).to(v.dtype) for x, y in zip((q, k), rotated))
         frames = len(cu_seqlens) - 1
         q, k, v = (x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(ANY_LENGTH):  # cuDNN's gradients are not always finite
+        with sdpa_kernel(ANY_LENGTH):  # see `vino.attend` on cuDNN's backward
             x = F.scaled_dot_product_attention(q, k, v)  # [frames, heads, L / frames, head]
         return self.proj(x.transpose(1, 2).flatten(2).flatten(0, 1))
 
