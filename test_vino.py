@@ -59,7 +59,7 @@ def relative_error(ours, theirs):
 
 
 def tiny_config():
-    return Config.from_file(HERE / "tiny_config.json")
+    return vino.read_config(HERE / "tiny_config.json", "random")
 
 
 @pytest.fixture(scope="session")
@@ -115,13 +115,13 @@ def golden_model(folder):
     del sizes["mmdit"]["qk_norm"], sizes["mmdit"]["guidance_embeds"]
     parts = {name: sizes[name] for name in ("vision", "mmdit", "vae", "num_queries")}
     config = Config.from_dict({"text": text, **parts})
-    tokens = sorted(golden["special_tokens"], key=golden["special_tokens"].get)
+    assert vino.SPECIAL_TOKENS == sorted(golden["special_tokens"], key=golden["special_tokens"].get)
     names, stream = {"mmdit": "transformer", "vae": "vae", "vlm": "mm_encoder.mm_encoder"}, []
     for name, tensor in load_file(folder / "weights.safetensors").items():
         first, dot, rest = name.partition(".")
         stream.append((names.get(first, f"mm_encoder.{first}") + dot + rest, tensor))
     with torch.device("meta"):
-        model = Vino(config, vino.byte_tokenizer(tokens))
+        model = Vino(config, vino.byte_tokenizer())
     model.fill(stream, folder, "cpu", torch.float32)
     return model.eval()
 
@@ -672,7 +672,7 @@ def test_the_learning_rate_is_constant_but_for_our_rise_and_fall(small_config, t
 
 
 def test_a_shorter_run_warms_up_cools_down_and_averages_over_fewer_steps():
-    config = Config.from_file(HERE / "tiny_config.json")
+    config = vino.read_config(HERE / "tiny_config.json", "random")
     long = train.make_stage("3", config, {})
     short = train.make_stage("3", config, {"steps": 12})
     assert (short.warmup, short.cooldown, short.ema) == (1, 3, 0.5)
@@ -683,7 +683,7 @@ def test_a_shorter_run_warms_up_cools_down_and_averages_over_fewer_steps():
 
 def test_the_command_line_wins_over_the_config_and_the_config_over_table_1(small_config):
     args = train.parse_arguments(["--stage=2", "--shift=2.5", "--beta2=0.8", "--tasks", "t2v"])
-    stage = train.make_stage("2", Config.from_file(small_config), vars(args))
+    stage = train.make_stage("2", vino.read_config(small_config, "random"), vars(args))
     assert (stage.shift, stage.beta2, stage.area, stage.weight_decay) == (2.5, 0.8, 1024, 0.01)
     assert stage.mixture == {"t2v": 0.4}
     for wrong, named in [({"1": {"rate": 1}}, "training.1.rate"), ({"4": {}}, "training.4"),
@@ -858,7 +858,7 @@ def test_training_never_uses_cudnns_attention():
 
 
 def test_checkpointing_gives_the_same_gradients_and_computes_attention_once(small_config, monkeypatch):
-    model = Vino.load("random", Config.from_file(small_config)).transformer.requires_grad_(True)
+    model = Vino.load("random", vino.read_config(small_config, "random")).transformer.requires_grad_(True)
     condition = vino.Condition(torch.randn(2, 9, model.config.text_embed_dim), None, [])
     latents, t = torch.randn(2, 16, 1, 4, 4), torch.rand(2)
 
@@ -881,7 +881,7 @@ def test_checkpointing_gives_the_same_gradients_and_computes_attention_once(smal
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_blocks_have_the_gradients_of_eager_ones_over_33_000_tokens():
     torch.manual_seed(0)
-    model = MMDiT(Config.from_file(HERE / "tiny_config.json").mmdit).to("cuda")
+    model = MMDiT(vino.read_config(HERE / "tiny_config.json", "random").mmdit).to("cuda")
     words, latents = torch.randn(1, 20, 64, device="cuda"), torch.randn(1, 16, 9, 60, 62, device="cuda")
 
     def gradients():
@@ -918,7 +918,7 @@ def test_averages_follow_every_step_or_in_the_hosts_memory_every_tenth_and_the_l
 
 def test_the_averages_are_what_is_exported(six_steps, small_config):
     started, out = six_steps
-    first, exported = Vino.load("random", Config.from_file(small_config)).state_dict(), {}
+    first, exported = Vino.load("random", vino.read_config(small_config, "random")).state_dict(), {}
     exported = load_file(out / "final.safetensors")
     assert started.stage.ema == 0.9 and started.averages.tensors
     for name, average in started.averages.tensors.items():
@@ -1106,7 +1106,7 @@ def test_an_unreadable_sample_is_reported_once_and_skipped_and_more_than_1_perce
     def read_all(changes):
         path = manifest(changes).removeprefix("--data=")
         stage = replace(train.STAGES["3"], mixture={"ti2i": 1}, area=1024)
-        source = train.Manifest(path, stage, Config.from_file(small_config), "0")
+        source = train.Manifest(path, stage, vino.read_config(small_config, "random"), "0")
         for index in range(2 * 99):  # two epochs
             source.draw("ti2i", 0, index)
 

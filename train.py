@@ -765,13 +765,13 @@ def validate(run):
         contact_sheet(rows).save(run.out / f"step_{run.step:08d}.png")
 
 
-def shown(batch):
-    """The first sample's references and target for `contact_sheet`: {heading: pixels}."""
+def shown(batch, number=0):
+    """The references and the target of a sample for `contact_sheet`: {heading: pixels}."""
     columns = {}
     for k, reference in enumerate(batch.references, 1):
         heading = "Video 1" if reference.is_video else f"Image {k}"
-        columns[heading] = reference.pixels[0]
-    return columns | {"target": batch.target[0]}
+        columns[heading] = reference.pixels[number].cpu()
+    return columns | {"target": batch.target[number].cpu()}
 
 
 def film_strip(pixels):
@@ -801,7 +801,7 @@ def contact_sheet(rows, least=96):
         columns.append(column)
     sheet = Image.fromarray(np.hstack(columns))
     for number, (label, _) in enumerate(rows):
-        ImageDraw.Draw(sheet).text((8, height * number + 4), label[: sheet.width // 6], fill="black")
+        ImageDraw.Draw(sheet).text((8, height * number + 4), label[: sheet.width // 5], fill="black")
     return sheet
 
 
@@ -939,17 +939,17 @@ def start(run, found, saved):
         partial.replace(run.out / "metrics.jsonl")
 
 
-def main(arguments=None, parse=parse_arguments, work=lambda args: train(prepare(args))):
+def main(arguments=None, name="train.py", parse=parse_arguments, work=lambda args: train(prepare(args))):
     """Run the command line `arguments` -> exit status. What the user got wrong is one line."""
     args = parse(arguments)
     try:
         return work(args)
     except (InputError, OSError, SafetensorError) as error:  # the last two come from the disk
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         advice = "try fewer --latent-frames, --shard fsdp on more GPUs, or --ema-on-host"
-        print(f"train.py: {one_line(error)}; {advice}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}; {advice}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

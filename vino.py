@@ -953,11 +953,6 @@ class Config:
             raise InputError(f"{source}: {error}") from error
         return config
 
-    @classmethod
-    def from_file(cls, path):
-        """Like `from_dict`, from a JSON file."""
-        return cls.from_dict(read_json(path), source=path)
-
 
 class Vino(nn.Module):
     """Figure 3. Parameter names are the public checkpoint's: `transformer.`, `mm_encoder.`, and `vae.`."""
@@ -1404,17 +1399,15 @@ SPECIAL_TOKENS = (
 ).split()
 
 
-def byte_tokenizer(special_tokens=SPECIAL_TOKENS, texts=()):
-    """A tokenizer without a file, for tiny models: the 256 bytes (their printable symbols, sorted), each word
-    of `texts` as a whole, then the special tokens."""
+def byte_tokenizer():
+    """A tokenizer without a file, for random weights: the 256 bytes (their printable symbols, sorted), then
+    the special tokens."""
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(split.alphabet())
-    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
-    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, *sorted(words.difference(alphabet))])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(split.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special_tokens])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     return tokenizer
 
 

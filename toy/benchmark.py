@@ -22,14 +22,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from toy.detect import (
-    UNIT_AREAS, Seen, detect, in_place, is_related, looks, moves_as_told, obeys, overlap, pairings, shrink,
-)  # fmt: skip
+from toy.detect import detect, fit, in_place, is_related, keeps, moves_as_told, obeys, pairings, shrink
 from toy.world import (
     CELLS, COLORS, GROWTH, MOTIONS, STARTS, Object, Sample, SampleMaker, Scene, ToyWorld, is_clear,
     make_sample, relations,
 )  # fmt: skip
-from train import TASKS, TINY, check_known, contact_sheet, make_stage
+from train import TASKS, TINY, check_known, contact_sheet, make_stage, shown
 from vino import SYSTEM_PROMPT, InputError, Vino, apply_rope, attend
 
 # how: the way to make outputs, a key of `ways` in `measure`; mean: the name of a last row, the mean of the
@@ -43,15 +41,12 @@ Row = namedtuple("Row", FIELDS, defaults=["", None, (), False, "known", None])
 def score_image(row, sample, output, target, source):
     """GenEval. Every score function takes the row's name, a Sample, and its output, target and source
     [3, T, H, W] (the source is what is edited), and returns {(row, column): True, False or a number}."""
-    told, things = sample.told.objects, detect(output[:, 0][None])[0].things
+    told, seen = sample.told.objects, detect(output[:, :1])
     if row in ("single object", "two objects"):  # other rows score their colours
-        right = sorted(thing.shape for thing in things) == sorted(item.shape for item in told)
+        right = sorted(thing.shape for thing in seen[0].things) == sorted(item.shape for item in told)
     else:
-        orders = [first for first, _ in pairings([Seen("", things, None)], told)]
-        if row == "position":
-            orders = [order for order in orders if is_placed(order, sample)]
-        right = bool(orders)
-    kind = "long prompts" if sample.prompt != sample.short_prompt else "short prompts"  # see `draw_batches`
+        right = any(row != "position" or is_placed(first, sample) for first, _ in pairings(seen, told))
+    kind = KINDS[1] if sample.prompt == sample.short_prompt else KINDS[0]
     return {(row, "right"): right, (row, kind): right}
 
 
@@ -64,33 +59,30 @@ def is_placed(order, sample):
 
 def score_clip(row, sample, output, target, source):
     """VBench. Only the motion class depends on the text; all other rows score the clip by itself."""
-    frames = shrink(output.transpose(0, 1))
-    seen = detect(output.transpose(0, 1))
-    path, time = tracks(seen), np.linspace(0, 1, len(seen))
+    frames, seen = shrink(output), detect(output)
+    bent = bend(seen)
     grounds = {s.background for s in seen}
     still = torch.stack([a.ground & b.ground for a, b in zip(seen, seen[1:])])
     pairs = [(a[2:5], b[2:5]) for a in seen[0].things for b in seen[-1].things if a[:2] == b[:2]]
     return {
-        ("subject consistency", "right"): path is not None,
+        ("subject consistency", "right"): bent < math.inf,
         ("background consistency", "right"): len(grounds) == 1 and "unclear" not in grounds,
-        ("motion smoothness", "right"): path is not None and bool(bend(path, time) < 1.5),
+        ("motion smoothness", "right"): bent < 1.5,
         ("temporal flickering", "gray levels"): frames.diff(dim=0).abs().mean(1)[still].mean().item(),
         ("dynamic degree", "right"): any(math.dist(*pair) > 3 for pair in pairs),
         ("motion class", "right"): moves_as_told(seen, sample.told.objects),
     }
 
 
-def tracks(seen):
-    """x, y and r of each thing in each frame, [T, 3 * things]. None if the frames show different things."""
-    if not seen[0].things or any(looks(s.things) != looks(seen[0].things) for s in seen):
-        return None
-    return np.array([[length for thing in s.things for length in thing[2:5]] for s in seen])
-
-
-def bend(path, time):
-    """How far tracks deviate, at most, from the straight lines that fit them best, in pixels."""
-    slope, start = np.polyfit(time, path, 1)
-    return abs(path - np.outer(time, slope) - start).max()
+def bend(seen):
+    """How far the tracks of things (x, y and r) deviate, at most, from the straight lines that fit them best,
+    in pixels. Infinite if the frames show different things, or none."""
+    if not seen[0].things or not keeps(seen, seen[0].things):
+        return math.inf
+    time = np.linspace(0, 1, len(seen))
+    tracks = np.array([[length for thing in s.things for length in thing[2:5]] for s in seen])
+    slope, start = np.polyfit(time, tracks, 1)
+    return float(abs(tracks - np.outer(time, slope) - start).max())
 
 
 def psnr(output, target):
@@ -99,15 +91,10 @@ def psnr(output, target):
     return -10 * error.clamp(1e-6).log10().item()
 
 
-def keeps(seen, scene):
-    """Does every frame show the scene's shapes in their colours, wherever they are?"""
-    return all(looks(frame.things) == looks(scene.objects) for frame in seen)
-
-
 def score_cast(row, sample, output, target, source):
     """OpenS2V. An identity is a shape and its colour; two of them may be right, or in swapped places."""
-    seen, scene = detect(output.transpose(0, 1)), sample.target
-    values = {(row, "identities kept"): keeps(seen, scene)}
+    seen, scene = detect(output), sample.target
+    values = {(row, "identities kept"): keeps(seen, scene.objects)}
     values[row, "motion class"] = moves_as_told(seen, scene.objects)
     values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     if len(scene.objects) == 2:
@@ -123,14 +110,13 @@ def score_edit(row, sample, output, target, source):
     """GEdit and OpenVE. Does the output show the target's scene, and does the rest stay unchanged? The PSNR
     of the rest is measured only if the text leaves nothing free."""
     last = output.shape[1] - 1
-    seen = detect(output[:, sorted({0, last // 2, last})].transpose(0, 1))
-    whole, done = sample.told == sample.target, obeys(seen, sample)
-    changed = ((target - source).abs().amax(0) > 1e-3).float()  # [T, H, W]
-    same = F.max_pool2d(changed[:, None], 5, 1, 2)[:, 0] == 0
-    rest = psnr(output[:, same], target[:, same]) if whole else math.nan
-    values = {(row, "success"): done, (row, "rest, dB"): rest}
-    if last:
-        values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0]) if whole else math.nan
+    values = {(row, "success"): obeys(detect(output[:, sorted({0, last // 2, last})]), sample)}
+    if sample.told == sample.target:
+        changed = ((target - source).abs().amax(0) > 1e-3).float()  # [T, H, W]
+        same = F.max_pool2d(changed[:, None], 5, 1, 2)[:, 0] == 0
+        values[row, "rest, dB"] = psnr(output[:, same], target[:, same])
+        if last:
+            values[row, "first frame, dB"] = psnr(output[:, 0], target[:, 0])
     return values
 
 
@@ -142,7 +128,7 @@ def score_phrasing(row, sample, output, target, source):
 
 def score_answer(row, sample, answer, target, source):
     """Understanding. Is the answer right about each fact of the only object, and about the background?"""
-    _, scene = read_caption(answer) or (None, Scene(None, []))
+    _, scene = read_caption(answer)
     [item], [found] = sample.target.objects, scene.objects if len(scene.objects) == 1 else [[None] * 5]
     values = {("background", "right"): scene.background == sample.target.background}
     for name, right, said in zip(("shape", "colour", "size", "cell", "motion"), item, found):
@@ -152,23 +138,21 @@ def score_answer(row, sample, answer, target, source):
 
 
 def read_caption(text):
-    """A caption of `world.describe` -> (is it of a video?, Scene). None for any other text."""
-    cells, motions = ("|".join(sorted(names, key=len, reverse=True)) for names in (CELLS, MOTIONS))
-    place = rf"(?:is|starts) at the ({cells})(?: and is ({motions}))?"
-    sentence = re.compile(rf" a (\w+) (\w+) (\w+) {place}\.")
-    start = re.match(r"an? (image|video) on an? (\w+) background\.", text.lower())
-    if not start or sentence.sub("", text.lower()) != start[0]:
-        return None
-    objects = [
-        Object(shape, color, size, cell, moves or "standing still", (0, 0))
-        for size, color, shape, cell, moves in sentence.findall(text.lower())
-    ]
+    """A caption of `world.describe` -> (is it of a video?, Scene). Any other text -> (None, empty Scene)."""
+    text, cells, motions = text.lower(), "|".join(CELLS), "|".join(MOTIONS)
+    sentence = re.compile(rf" a (\w+) (\w+) (\w+) (?:is|starts) at the ({cells})(?: and is ({motions}))?\.")
+    start = re.match(r"an? (image|video) on an? (\w+) background\.", text)
+    if not start or sentence.sub("", text) != start[0]:
+        return None, Scene(None, [])
+    objects = []
+    for size, color, shape, cell, moves in sentence.findall(text):
+        objects.append(Object(shape, color, size, cell, moves or "standing still"))
     return start[1] == "video", Scene(start[2], objects)
 
 
 def score_caption(row, sample, answer, target, source):
     """Does the VLM's caption describe the intended result, with every fact that the prompt states?"""
-    is_video, scene = read_caption(answer) or (None, None)
+    is_video, scene = read_caption(answer)
     told, (name, _, phrasing) = sample.told, row.partition(", ")
 
     def is_kept(objects):
@@ -184,19 +168,17 @@ def score_caption(row, sample, answer, target, source):
 
 def score_copy(row, sample, output, target, source):
     """The autoencoder alone, which bounds the other suites: are pixels close, and are identities kept?"""
-    kept = keeps(detect(output.transpose(0, 1)), sample.target)
+    kept = keeps(detect(output), sample.target.objects)
     return {(row, "PSNR, dB"): psnr(output, target), (row, "identities kept"): kept}
 
 
 def score_shapes(row, sample, output, target, source):
     """Do shapes keep their corners? Each object's overlap, in each frame, with the outline of its area."""
     overlaps = []
-    for frame in detect(output.transpose(0, 1)):
+    for frame in detect(output):
         for item in sample.target.objects:
             own = [thing for thing in frame.things if thing.color == item.color]
-            radii = [(thing.mask.sum() / UNIT_AREAS[item.shape]).sqrt() for thing in own]
-            found = [overlap(t.mask, item.shape, t.x, t.y, r) for t, r in zip(own, radii)]
-            overlaps.append(max(found, default=0.0))
+            overlaps.append(max((fit(t.mask, item.shape, t.x, t.y)[0] for t in own), default=0.0))
     mean = sum(overlaps) / len(overlaps)
     return {(row, "overlap"): mean, (row, "0.85 in all frames"): min(overlaps) >= 0.85}
 
@@ -256,17 +238,14 @@ SUITES = {
     ]),
     "openve": Suite(score_edit, VIDEO_EDITS, mean="mean"),
     "understanding": Suite(score_answer, how="answer", mean="mean", rows=[
-        Row("images", [("look", 1)], objects=1),
-        Row("clips", [("watch", 0)], objects=1),
-    ]),
+        Row("images", [("look", 1)], objects=1), Row("clips", [("watch", 0)], objects=1)]),
     "instructions": Suite(score_caption, [*CASTS, *VIDEO_EDITS], how="answer", mean="mean", texts="short"),
     "shapes": Suite(score_shapes, texts="long", rows=[
-        Row("VAE alone", CLIP, how="autoencode"),
-        Row("whole model", CLIP),
-    ]),
+        Row("VAE alone", CLIP, how="autoencode"), Row("whole model", CLIP)]),
     "autoencoder": Suite(score_copy, how="autoencode", rows=[Row("images", IMAGE), Row("clips", CLIP)]),
 }  # fmt: skip
 BATCH, SHOWN = 100, 2  # samples made together; samples that the picture shows of each row and layout
+KINDS = ("long prompts", "short prompts")  # in turn, where a suite has both
 
 
 def requests_by_others(task):
@@ -325,14 +304,15 @@ def measure(suites, samples, world, device, ways):
     Returns: {suite: {(row, column): values}}, and rows for `contact_sheet`."""
     results, sheet = {suite: defaultdict(list) for suite in suites}, []
     rows = [(suite, row) for suite in results for row in SUITES[suite].rows]  # a suite given twice runs once
-    bar = tqdm(total=samples * len(rows), unit="sample")
-    for suite, row in rows:
+    bar = tqdm(rows, unit="row")
+    for suite, row in bar:
         score, how = SUITES[suite].score, row.how or SUITES[suite].how
         bar.set_description(f"{suite}, {row.name}")
         for drawn, batch in draw_batches(row, SUITES[suite].texts, samples, world, device):
-            outputs, is_text = ways[how](batch), how in ("answer", "rewrite")
-            targets, references = batch.target.cpu(), [r.pixels.cpu() for r in batch.references]
-            sources = references[0 if batch.task == "motion" else -1] if references else targets
+            outputs, is_text, targets = ways[how](batch), how in ("answer", "rewrite"), batch.target.cpu()
+            sources = targets
+            if batch.references:
+                sources = batch.references[0 if batch.task == "motion" else -1].pixels.cpu()
             for i, sample in enumerate(drawn):
                 values = score(row.name, sample, outputs[i], targets[i], sources[i])
                 for key, value in values.items():
@@ -341,12 +321,7 @@ def measure(suites, samples, world, device, ways):
                     wrong = any(v is False for (_, name), v in values.items() if name != "identities swapped")
                     text = outputs[i] if is_text else sample.prompt
                     label = f"{suite} {row.name}, {'wrong' if wrong else 'right'}: {text}"
-                    columns = {f"Image {k}": r[i] for k, r in enumerate(references, 1)}
-                    if not is_text:
-                        columns["output"] = outputs[i]
-                    sheet.append((label, columns))
-            bar.update(len(drawn))
-    bar.close()
+                    sheet.append((label, shown(batch, i) | ({} if is_text else {"output": outputs[i]})))
     return results, sheet
 
 
@@ -368,7 +343,7 @@ def table(results):
     for suite, values in results.items():
         columns = [*dict.fromkeys(column for _, column in values)]
         rows = [*dict.fromkeys(row for row, _ in values)]
-        mean = SUITES[suite].mean
+        mean = SUITES[suite].mean if suite in SUITES else None
         if mean:
             values = values | {(mean, name): sum((values[row, name] for row in rows), []) for name in columns}
             rows.append(mean)
@@ -433,33 +408,24 @@ def queries_share(vino, prompt, steps=10):
     return sum(recorder.of_queries) / sum(recorder.text)
 
 
-def compare_queries(vino, world, samples, device, settings):
-    """Figure 13 as a Markdown table: images right with and without the queries, and their share of attention,
-    for long and for short prompts, which are not expanded. Removes the queries from `vino`, and rewriting."""
+def compare_queries(vino, world, samples, device, ways):
+    """Figure 13: images right with and without the queries, and their share of the attention on text, for
+    long and for short prompts, which are not expanded -> {(kind of prompt, column): values}. Removes the
+    queries from `vino`, and rewriting."""
     vino.config.sampling.rewrite = False
-    batches = []
+    values = defaultdict(list)
     for row in SUITES["geneval"].rows:
-        batches += [(row.name, *pair) for pair in draw_batches(row, "both", samples, world, device)]
-    kinds = ("long prompts", "short prompts")
-    shares, right = {kind: [] for kind in kinds}, {}
-    for _, drawn, _ in batches:
-        for number, sample in enumerate(drawn[:4]):
-            shares[kinds[number % 2]].append(queries_share(vino, sample.prompt))
-    for label in ("with", "without"):
-        if label == "without":
+        [(drawn, _)] = draw_batches(row, "both", 4, world, device)
+        for kind, sample in zip(KINDS * 2, drawn):
+            values[kind, "share of attention, %"].append(100 * queries_share(vino, sample.prompt))
+    for label in ("right with", "right without"):
+        if label == "right without":
             vino.remove_queries()
-        for row, drawn, batch in tqdm(batches, desc=f"{label} queries", unit="batch"):
-            outputs = generate(vino, batch, seed=batch.key[0], **settings).cpu()
-            for number, (sample, output) in enumerate(zip(drawn, outputs)):
-                value = score_image(row, sample, output, None, None)[row, "right"]
-                right.setdefault((kinds[number % 2], label), []).append(value)
-    lines = ["| queries | samples | right with | right without | share of attention on text |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: |")
-    for kind in kinds:
-        both = [right[kind, label] for label in ("with", "without")]
-        cells = [kind, len(both[0]), *map(interval, both), f"{np.mean(shares[kind]):.1%}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        results, _ = measure(["geneval"], samples, world, device, ways)
+        for row in SUITES["geneval"].rows:
+            for kind in KINDS:
+                values[kind, label] += results["geneval"][row.name, kind]
+    return values
 
 
 # --- The command line ---------------------------------------------------------------------------------------
@@ -480,6 +446,8 @@ def parse_arguments(arguments):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     check_known("suite", args.suites, names)
+    if args.samples < 1:
+        raise InputError(f"--samples {args.samples} should be at least 1")
     return args
 
 
@@ -506,9 +474,9 @@ def benchmark(args):
     ways = {"generate": make, "answer": answer, "rewrite": rewrite, "autoencode": autoencode}
     suites = [name for name in args.suites or SUITES if name != "queries"]
     results, sheet = measure(suites, args.samples, world, args.device, ways)
-    text = table(results) + "\nIn brackets and after ±: 95% intervals.\n"
     if "queries" in args.suites:
-        text += "\n" + compare_queries(model, world, args.samples, args.device, settings)
+        results["queries"] = compare_queries(model, world, args.samples, args.device, ways)
+    text = table(results) + "\nIn brackets and after ±: 95% intervals.\n"
     (folder / "benchmark.md").write_text(text)
     if sheet:
         contact_sheet(sheet).save(folder / "benchmark.png")

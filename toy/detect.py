@@ -15,17 +15,18 @@ Thing = namedtuple("Thing", "shape color x y r mask")  # seen in a frame; mask: 
 Seen = namedtuple("Seen", "background things ground")  # ground: [64, 64], True where no thing is near
 
 
-def shrink(frames):
-    """Frames [N, 3, H, W] in [-1, 1] -> [N, 3, 64, 64] in [0, 255]."""
-    return F.interpolate((frames.float().clamp(-1, 1) + 1) * 127.5, (64, 64), mode="area")
+def shrink(clip):
+    """A clip or an image [3, T, H, W] in [-1, 1] -> its frames [T, 3, 64, 64] in [0, 255]."""
+    frames = clip.float().transpose(0, 1)
+    return F.interpolate((frames.clamp(-1, 1) + 1) * 127.5, (64, 64), mode="area")
 
 
-def detect(frames):
-    """What frames [N, 3, H, W] in [-1, 1] show -> N Seens. Colours, shapes and backgrounds that are none
-    of the toy world's are "unclear"."""
+def detect(clip):
+    """What the frames of a clip or an image [3, T, H, W] in [-1, 1] show -> T Seens. Colours, shapes and
+    backgrounds that are none of the toy world's are "unclear"."""
     names, grounds = [*BACKGROUNDS, *COLORS], len(BACKGROUNDS)
     palette = torch.tensor([*BACKGROUNDS.values(), *COLORS.values()], dtype=torch.float32)
-    distance = torch.cdist(shrink(frames).flatten(2).transpose(1, 2), palette)  # [N, 64 * 64, colours]
+    distance = torch.cdist(shrink(clip).flatten(2).transpose(1, 2), palette)  # [T, 64 * 64, colours]
     least, nearest = distance.min(2)
     sure = F.one_hot(nearest, len(names)).bool() & (least < 60)[..., None]
     present = sure.sum(1) >= 20  # edges mix colours: they count as one that covers an area
@@ -63,9 +64,9 @@ def identify(mask, sure, names):
     (y, x), area = (mask.nonzero() + 0.5).mean(0), mask.sum()
     choices = [(0.75, "unclear", (area / math.pi).sqrt())]
     for shape in SHAPES:
-        r = (area / UNIT_AREAS[shape]).sqrt()
+        share, r = fit(mask, shape, x, y)
         if r > 6.5:  # else a small diamond could pass for a tiny circle
-            choices.append((overlap(mask, shape, x, y, r), shape, r))
+            choices.append((share, shape, r))
     _, shape, r = max(choices)
     return Thing(shape, color, x.item(), y.item(), r.item(), mask)
 
@@ -79,15 +80,18 @@ def outline(shape, x, y, r):
 UNIT_AREAS = {shape: outline(shape, 32, 32, 28).sum() / 28**2 for shape in SHAPES}  # at radius 1
 
 
-def overlap(mask, shape, x, y, r):
-    """Intersection over union of a mask [64, 64] and a shape."""
+def fit(mask, shape, x, y):
+    """Draw a shape around (x, y), the centre of a mask [64, 64], with the mask's area -> their overlap
+    (intersection over union), and the radius."""
+    r = (mask.sum() / UNIT_AREAS[shape]).sqrt()
     ideal = outline(shape, x, y, r)
-    return ((ideal & mask).sum() / (ideal | mask).sum()).item()
+    return ((ideal & mask).sum() / (ideal | mask).sum()).item(), r
 
 
-def looks(things):
-    """Shape and colour of each thing or object, sorted."""
-    return sorted((thing.shape, thing.color) for thing in things)
+def keeps(seen, things):
+    """Does every frame show the shapes of these things or objects in their colours, wherever they are?"""
+    wanted = sorted(thing[:2] for thing in things)
+    return all(sorted(thing[:2] for thing in frame.things) == wanted for frame in seen)
 
 
 def is_there(thing, item, place):
@@ -144,16 +148,13 @@ def obeys(seen, sample):
     """Do frames show all that the text of a sample states? What it leaves out is free."""
     told, full = sample.told, sample.target.objects
     grounds = {frame.background for frame in seen}
-    if len(grounds) > 1 or "unclear" in grounds or told.background not in (None, *grounds):
-        return False
-    if any(looks(frame.things) != looks(seen[0].things) for frame in seen):
+    fitting = len(grounds) == 1 and "unclear" not in grounds and told.background in (None, *grounds)
+    if not fitting or not keeps(seen, seen[0].things):
         return False
 
     def is_right(item, whole, first, last):
-        if not is_there(first, item, trace(whole, 0)):
-            return False
-        free = item.motion is None or len(seen) == 1
-        return free or (motion(first, last) == item.motion and is_there(last, item, trace(whole, 1)))
+        begins, ends = is_there(first, item, trace(whole, 0)), is_there(last, item, trace(whole, 1))
+        return begins and (item.motion is None or ends and motion(first, last) == item.motion)
 
     return any(
         is_related(first, sample.relation) and all(map(is_right, told.objects, full, first, last))

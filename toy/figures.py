@@ -12,54 +12,49 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from sample import encode, write
 from toy.benchmark import generate
-from toy.world import Object, Scene, ToyWorld, render
+from toy.world import Object, Scene, ToyWorld, make_sample, render
 from train import HERE, TASKS, TINY, check_known, contact_sheet, make_stage, read_metrics, shown
 from vino import InputError, Vino
 
 
-def thing(shape, color, size, cell, motion="standing still"):
-    """An object in the middle of its cell."""
-    return Object(shape, color, size, cell, motion, jitter=(0, 0))
-
-
 # The inputs of the README's commands: file, side in pixels, scene
 EXAMPLES = [
-    ("circle.png", 64, Scene("white", [thing("circle", "red", "small", "bottom left")])),
-    ("cross.png", 96, Scene("black", [thing("cross", "yellow", "small", "right")])),
+    ("circle.png", 64, Scene("white", [Object("circle", "red", "small", "bottom left")])),
+    ("cross.png", 96, Scene("black", [Object("cross", "yellow", "small", "right")])),
     ("two.mp4", 128, Scene("gray", [
-        thing("circle", "blue", "large", "bottom left", "moving right"),
-        thing("square", "green", "small", "top"),
+        Object("circle", "blue", "large", "bottom left", "moving right"),
+        Object("square", "green", "small", "top"),
     ])),
-    ("rising.mp4", 160, Scene("white", [thing("triangle", "purple", "large", "bottom", "moving up")])),
+    ("rising.mp4", 160, Scene("white", [Object("triangle", "purple", "large", "bottom", "moving up")])),
 ]  # fmt: skip
 
 
-def examples(folder):
-    """Write EXAMPLES to a folder."""
-    folder.mkdir(exist_ok=True)
+def examples():
+    """Write EXAMPLES to assets/examples."""
     for name, size, scene in EXAMPLES:
-        pixels = render([scene], 9 if name.endswith("mp4") else 1, size, torch.device("cpu"))
-        write(folder / name, encode(Path(name).suffix, pixels[0], 8, {}))
+        path = HERE / "assets" / "examples" / name
+        [pixels] = render([scene], 9 if path.suffix == ".mp4" else 1, size, "cpu")
+        write(path, encode(path.suffix, pixels, 8, {}))
 
 
-def gallery(columns, path, tasks=(), device="cpu"):
-    """Write a picture to `path`: one held-out sample of each task, with its references and its target, and
-    what each model makes of it. A .gif moves, and shows no targets.
+def gallery(columns, path, tasks=()):
+    """Write a picture to `path`: one held-out sample of each task, in phrases that training never sees, with
+    its references and its target, and what each model makes of it. A .gif moves, and shows no targets.
 
     Args: columns, {heading: (weights, settings of Vino.generate)}; tasks, by default stage 3's. A task that
     is named twice gets two samples."""
-    models = {name: (Vino.load(weights, device=device), more) for name, (weights, more) in columns.items()}
+    models = {name: (Vino.load(weights), more) for name, (weights, more) in columns.items()}
     config = next(iter(models.values()))[0].config
     stage, rows = make_stage("3", config, {}), []
     world = ToyWorld(stage, config, seed=6)
     for number, task in enumerate(tqdm(tasks or stage.mixture, unit="row")):
-        batch = world.collate(task, [world.draw(task, 1, 1 + number)], torch.device(device))
+        sample = make_sample(f"figure {number}", task, world.images(task, 1), "unknown")
+        batch = world.collate(task, [sample], "cpu")
         batch.prompts = batch.short_prompts
         outputs = {name: generate(model, batch, **more)[0] for name, (model, more) in models.items()}
         rows.append((f"{task}: {batch.prompts[0]}", shown(batch) | outputs))
@@ -68,24 +63,19 @@ def gallery(columns, path, tasks=(), device="cpu"):
         return
     frames = []
     for time in range(world.frames_that_fit(0, False)):
-        now = [
-            (label, {name: moment(p, time) for name, p in row.items() if name != "target"})
-            for label, row in rows
-        ]
-        frames.append(contact_sheet(now, least=128))
-    pause = [frames[-1]] * 6
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:] + pause, duration=1000 / config.sampling.fps, loop=0
-    )
+        frames.append(contact_sheet([(label, moment(row, time)) for label, row in rows], least=128))
+    more, timing = frames[1:] + [frames[-1]] * 6, {"duration": 1000 / config.sampling.fps, "loop": 0}
+    frames[0].save(path, save_all=True, append_images=more, **timing)
 
 
-def moment(pixels, time):
-    """One frame of a clip, or an image: [3, 1, H, W]."""
-    return pixels[:, [min(time, pixels.shape[1] - 1)]]
+def moment(row, time):
+    """One frame of each clip in a row, {heading: [3, 1, H, W]}, and its images, but not its target."""
+    return {name: p[:, [min(time, p.shape[1] - 1)]] for name, p in row.items() if name != "target"}
 
 
-def chart(curves, name, width=900, height=400):
+def chart(curves, name):
     """Draw one number of {label: records} on a log scale, as running means over a fiftieth of each run."""
+    width, height = 900, 400
     lines = {}
     for label, records in curves.items():
         window = math.ceil(len(records) / 50)
@@ -107,10 +97,7 @@ def chart(curves, name, width=900, height=400):
     draw.text((60, height - 18), f"{name.replace('_', ' ')}, step 1 to {last}", fill="black")
     for number, (label, line) in enumerate(lines.items()):
         color = f"hsl({number * 360 // len(lines)}, 80%, 40%)"
-        points = [point(*pair) for pair in zip(*line)]
-        draw.line(points, fill=color, width=2)
-        for x, y in points if len(points) < 20 else ():  # a lone point is no line
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
+        draw.line([point(*pair) for pair in zip(*line)], fill=color, width=2)
         draw.text((width - 110, 12 + 14 * number), label, fill=color)
     return picture
 
@@ -135,9 +122,8 @@ def compare(folders, path):
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(
-        "toy.figures", "python -m toy.figures [examples|curves|gallery] [NAME=PATH ...]"
-    )
+    usage = "python -m toy.figures [examples|curves|gallery] [NAME=PATH ...]"
+    parser = argparse.ArgumentParser("toy.figures", usage)
     parser.add_argument("what", nargs="?", choices=["all", "examples", "curves", "gallery"], default="all")
     parser.add_argument("runs", nargs="*", metavar="NAME=PATH", help="folders of runs, or weights")
     parser.add_argument("--tasks", nargs="+", default=(), help="rows of a gallery; by default stage 3's")
@@ -152,12 +138,12 @@ def main(arguments=None):
         check_known("task", args.tasks, TASKS)
         if Path(args.out).suffix not in (".png", ".gif"):
             raise InputError(f"--out {args.out} should end in .png or .gif")
-        if args.what in ("curves", "gallery") and not named:
-            raise InputError(f"{args.what} needs NAME=PATH, such as before=assets/tiny.safetensors")
+        if args.what in ("curves", "gallery") and len(named) < max(1, len(args.runs)):
+            raise InputError(f"{args.what} needs NAME=PATH, each name once: before=assets/tiny.safetensors")
         if args.what == "curves":
             print(compare(named, args.out))
         elif args.what == "examples":
-            examples(HERE / "assets" / "examples")
+            examples()
         elif args.what == "gallery":
             gallery({name: (path, {}) for name, path in named.items()}, args.out, args.tasks)
         else:

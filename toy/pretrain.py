@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import sdpa_kernel
 from transformers import DynamicCache
 
 import train
@@ -28,14 +27,14 @@ from toy.language import toy_tokenizer
 from toy.world import ToyWorld
 from train import HERE, Objective, Run, Stage, chance, draw_noise, make_stage
 from vino import (
-    ANY_LENGTH, SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, build_prompts, read_config,
+    SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, attend, build_prompts, read_config,
 )  # fmt: skip
 
 TOY = dict(beta1=0.9, beta2=0.99, ema=0.0, area=64**2, drop=0.0, warmup=200, checkpointing=False)
 PARTS = {
     "vae": Stage(lr=1.5e-3, steps=15_200, cooldown=9_900, shift=1.0, batch=16, trainable=["vae."], **TOY,
                  mixture={"t2i": 0.3, "t2v": 0.7}),
-    "vlm": Stage(lr=1.5e-3, steps=4_650, cooldown=3_000, shift=1.0, batch=256,
+    "vlm": Stage(lr=1.5e-3, steps=8_500, cooldown=2_500, shift=1.0, batch=256,
                  trainable=["mm_encoder.mm_encoder."], **TOY,
                  mixture={"look": 0.07, "watch": 0.05, "t2i": 0.13, "t2v": 0.09, "i2v": 0.04, "motion": 0.03}
                  | {"ti2i": 0.20, "ti2i_ref": 0.13, "ti2v": 0.10, "tv2v": 0.11, "tiv2v": 0.05}),
@@ -89,10 +88,8 @@ class BatchedFrameAttention(nn.Module):
         rotated = [torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1) for x in (q, k)]
         q, k = ((x * cos + y * sin).to(v.dtype) for x, y in zip((q, k), rotated))
         frames = len(cu_seqlens) - 1
-        q, k, v = (x.unflatten(0, (frames, -1)).transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(ANY_LENGTH):  # see `vino.attend` on cuDNN's backward
-            x = F.scaled_dot_product_attention(q, k, v)  # [frames, heads, L / frames, head]
-        return self.proj(x.transpose(1, 2).flatten(2).flatten(0, 1))
+        q, k, v = (x.unflatten(0, (frames, -1)) for x in (q, k, v))  # [frames, L / frames, heads, head]
+        return self.proj(attend(q, k, v).flatten(0, 1))
 
 
 class Captioning(Objective):
@@ -133,34 +130,23 @@ class Captioning(Objective):
         return batch.target, self.vino.mm_encoder.answer(batch.short_prompts, references)
 
 
-class NativeText(nn.Module):
-    """The tiny text-to-video model's own text encoder: word and position embeddings."""
-
-    def __init__(self, config, tokenizer):
-        super().__init__()
-        self.tokenizer, self.start = tokenizer, tokenizer.token_to_id("<|im_start|>")
-        self.words = nn.Embedding(config.text.vocab_size, config.mmdit.text_embed_dim)
-        self.places = nn.Embedding(256, config.mmdit.text_embed_dim)
-
-    def forward(self, prompts):
-        """B texts -> Condition."""
-        ids = [[self.start, *encoding.ids] for encoding in self.tokenizer.encode_batch(prompts)]
-        lengths, device = torch.tensor([len(row) for row in ids]), self.words.weight.device
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True).to(device)
-        places = torch.arange(ids.shape[1], device=device)
-        mask = places < lengths.to(device)[:, None]
-        return Condition(self.words(ids) + self.places(places), mask, [])
-
-
 class TextToVideo(Objective):
-    """Rectified flow under the native text encoder."""
+    """Rectified flow under a text encoder of the tiny model's own: word and position embeddings."""
 
     def __init__(self, vino, shift):
         super().__init__(vino, shift)
-        self.native_text = NativeText(vino.config, vino.mm_encoder.tokenizer)
+        width = vino.config.mmdit.text_embed_dim
+        words, places = nn.Embedding(vino.config.text.vocab_size, width), nn.Embedding(256, width)
+        self.native_text = nn.ModuleDict({"words": words, "places": places})
 
     def condition(self, batch):
-        return self.native_text(batch.prompts)
+        tokenizer, device = self.vino.mm_encoder.tokenizer, self.native_text.words.weight.device
+        start = tokenizer.token_to_id("<|im_start|>")
+        ids = [torch.tensor([start, *encoding.ids]) for encoding in tokenizer.encode_batch(batch.prompts)]
+        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1).to(device)
+        places = torch.arange(ids.shape[1], device=device)
+        tokens = self.native_text.words(ids.clamp(min=0)) + self.native_text.places(places)
+        return Condition(tokens, ids >= 0, [])
 
 
 OBJECTIVES = {"vae": Autoencoding, "vlm": Captioning, "mmdit": TextToVideo}
@@ -241,7 +227,7 @@ def pretrain(args):
 
 def main(arguments=None):
     """Run the command line `arguments` -> exit status."""
-    return train.main(arguments, parse_arguments, pretrain)
+    return train.main(arguments, "toy.pretrain", parse_arguments, pretrain)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ STYLES = ("item", "item", "sentence", "sentence", "first item")  # rules of lang
 HELD_OUT_LAYOUTS = {frozenset(pair) for pair in [  # pairs of cells that training never fills
     ("top left", "right"), ("top right", "bottom"), ("bottom right", "left"), ("bottom left", "top")]}
 # fmt: on
-Object = namedtuple("Object", "shape color size cell motion jitter")  # size, cell, jitter: in the first frame
+# size, cell, jitter: in the first frame
+Object = namedtuple("Object", "shape color size cell motion jitter", defaults=["standing still", (0, 0)])
 Scene = namedtuple("Scene", "background objects")  # of a clip, or of an image, which is its first frame
 # kind: of edit or request; images, video, target: Scenes; told: what short_prompt states of the target, a
 # Scene with None for what is free; relation: of the first object to the second, if short_prompt states it
@@ -113,15 +114,10 @@ def distances(x, y, u, v):
 def relations(first, second):
     """Where the first object clearly is, seen from the second: a list of names, in the first frame."""
     apart = distances(*trace(first, 0)[:2], *trace(second, 0)[:2])
-    return [words for words, distance in apart.items() if distance > 8]
+    return [words for words, distance in apart.items() if distance > max(8, 0.7 * max(apart.values()))]
 
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
-
-def placed(item, cell):
-    """The object moved to the middle of a cell, or as it is if it is in that cell already."""
-    return item if item.cell == cell else item._replace(cell=cell, jitter=(0, 0))
 
 
 def join(parts, mark):
@@ -134,17 +130,15 @@ def join(parts, mark):
 def facts(item):
     """What a phrase can say about an object, under the names that language.py uses."""
     motion = MOTIONS[item.motion]
-    return {
-        "size": item.size, "color": item.color, "shape": item.shape, "cell": item.cell, "motion": item.motion,
-        "does": motion.does, "do": motion.do,
-        "seen shape": f"the {item.shape}", "the cell": f"the {item.cell}",
-    }  # fmt: skip
+    more = {"seen shape": f"the {item.shape}", "the cell": f"the {item.cell}"}
+    more["from"] = f"from {item.cell}" if item.motion.startswith("moving") else item.cell
+    return item._asdict() | more | {"does": motion.does, "do": motion.do}
 
 
 def told_of(item, stated):
     """The object with None for what a phrase has not stated."""
     ways = {"size": {"size"}, "color": {"color"},
-            "cell": {"cell", "the cell"}, "motion": {"motion", "does", "do"}}  # fmt: skip
+            "cell": {"cell", "the cell", "cells", "from"}, "motion": {"motion", "does", "do"}}  # fmt: skip
     free = {field: None for field, names in ways.items() if not stated & names}
     return item._replace(jitter=None, **free)
 
@@ -188,8 +182,7 @@ class SampleMaker(Speaker):
     def request(self, images, clip):
         """Text -> image or video. The text states some of the scene, and the rest is free."""
         most = 2 if clip else 3
-        kinds = ["", "", "", "", "counting"] if clip else ["", "", "", "counting", "position"]
-        kind = self.choice(kinds)
+        kind = self.choice(["", "", "", "", "counting"] if clip else ["", "", "", "counting", "position"])
         count = {"": self.randint(1, most), "counting": self.randint(2, most), "position": 2}[kind]
         scene = self.scene(count, clip, alike=count if kind == "counting" else 1)
         if kind == "counting" and count == 3 and self.random() < 0.3:
@@ -202,19 +195,20 @@ class SampleMaker(Speaker):
             text, told, relation = long, scene, ""
         return Sample(kind, long, self.mumble(text), [], None, scene, told, relation)
 
-    def phrase(self, scene, clip, kind=""):
-        """A request for a scene as people type it -> text, the Scene and the relation that it states."""
+    def phrase(self, scene, clip, kind):
+        """A request for a scene as people type it -> text, the Scene and the relation that it states. Puts
+        the scene's objects into the order of the text."""
         quiet, relation = clip and self.random() < 0.06, ""  # quiet: says nothing of motions
         style = self.choice(["item", "sentence"] if kind else STYLES)
         style = "item" if quiet else style
         if kind == "position":
             relation = self.choice(relations(*scene.objects))
             (first, stated), (second, more) = (self.say("thing", **facts(item)) for item in scene.objects)
-            marks = {"first": Words("{0}"), "second": Words("{1}")}  # the phrases may be alike
-            order, _ = self.say(f"relation {style}", how=relation, **marks)
+            # Marks, as the two phrases may be alike.
+            order, _ = self.say(f"relation {style}", how=relation, first=Words("{0}"), second=Words("{1}"))
             text = Words(order.format(first, second))
             told = [told_of(*pair) for pair in zip(scene.objects, (stated, more))]
-            if order.index("{1}") < order.index("{0}"):  # objects come in the order of the text
+            if order.index("{1}") < order.index("{0}"):
                 relation = OPPOSITE[relation]
                 scene.objects.reverse()
                 told.reverse()
@@ -240,6 +234,8 @@ class SampleMaker(Speaker):
             if len(group) > 1:
                 words["number"] = "three" if len(group) == 3 else "two moving" if moving else "two"
                 words["plural"] = f"{shape}es" if shape == "cross" else f"{shape}s"
+                words["cells"] = "three cells" if len(group) == 3 else "two cells"
+                words |= {f"cell {number}": item.cell for number, item in enumerate(group, 1)}
             text, stated = self.say(f"{rule}s" if len(group) > 1 else rule, **words)
             phrases.append(text)
             told += [told_of(item, stated) for item in group]
@@ -260,20 +256,23 @@ class SampleMaker(Speaker):
             text = join(parts, "and")
         return Sample("", describe(scene, clip), self.mumble(text), [scene], None, scene, scene)
 
-    def refer(self, item, scene, clip=True):
-        """Words for an object of a scene that fit no other object of it."""
+    def refer(self, item, scene, by=None):
+        """Words that fit one object of a scene alone; `by` "place" or "motion": these may name it, too."""
         others = [other for other in scene.objects if other is not item]
-        names = ["by name"]
-        if not others:
-            names += ["only", "only"]
+        names = ["by name"] if others else ["by name", "only", "only"]
         if all(other.shape != item.shape for other in others):
             names += ["by shape", "by shape"]
         if all(other.color != item.color for other in others):
             names.append("by color")
-        if others and all(other.size != item.size for other in others):
+        resized = by == "motion" and any(other.motion in GROWTH for other in scene.objects)
+        if others and not resized and all(other.size != item.size for other in others):
             names.append("by size")
-        if not clip:  # in clips, objects leave their places
-            names.append("by place")
+        alone = all(item.cell not in other.cell.split() for other in others)
+        if by == "place" and alone or by == "motion" and all(other.motion != item.motion for other in others):
+            names.append(f"by {by}")
+        moving = [other for other in scene.objects if other.motion != "standing still"]
+        if by == "motion" and moving == [item] and item.motion.startswith("moving"):
+            names.append("by moving")
         return self.say(self.choice(names), **facts(item))[0]
 
     def edit(self, images, clip):
@@ -284,7 +283,8 @@ class SampleMaker(Speaker):
         most = (2 if clip else 3) - (kind == "add")
         while True:
             self.held_out = False
-            shown = [self.scene(1) for _ in range(donors or 1)]
+            moving = clip and kind == "add" and not donors and self.random() < 0.5
+            shown = [self.scene(1, moving) for _ in range(donors or 1)]
             scene = self.scene(self.randint(1, most), clip)
             sample = self.change(kind, scene, shown, donors > 0, clip)
             if sample:
@@ -298,53 +298,76 @@ class SampleMaker(Speaker):
         (ground, [new]), (here, objects) = shown[number], scene
         it = self.choice(objects)
         both = len(objects) == 2 and kind in ("recolor", "remove", "resize") and self.random() < 0.2
-        name = ""
-        if kind not in ("add", "background", "compose"):  # their texts name no object of the scene
-            name = self.say("each")[0] if both else self.refer(it, scene, clip)
         changed = objects if both else [it]
         others = [item for item in objects if item not in changed]
-        cell = self.choice([cell for cell in CELLS if cell != it.cell])
-        words = facts(new._replace(cell=cell)) | {
-            "it": name, "new": new.color, "ground": ground, "made": f"made {new.size}",
-            "scale": f"scale {new.size}", "what": "clip" if clip else "picture", "k": str(number + 1),
-            "donor": "of Image", "donor ground": "ground of Image",
+        cells = [cell for cell in STARTS[new.motion] if cell != it.cell]
+        if kind == "move":  # to an edge only straight: else "to the left" could mean the corner
+            lines = ({"top", "center", "bottom"}, {"left", "center", "right"})
+            straight = {"center"}.union(*[line for line in lines if it.cell in line])
+            cells = [cell for cell in cells if " " in cell or cell in straight]
+        cell = self.choice(cells)
+        added = new if new.cell == cell else new._replace(cell=cell, jitter=(0, 0))
+        words = facts(added) | {
+            "new": new.color, "ground": ground, "made": f"made {new.size}", "scale": f"scale {new.size}",
+            "what": "clip" if clip else "picture", "k": str(number + 1), "last": str(len(shown) + 1),
+            "donor": "of Image", "donor ground": "ground of Image", "the old": f"the {it.cell}",
+            "old": {"background": here, "move": it.cell}.get(kind, it.color),
         }  # fmt: skip
-        inside = "inside the video" if clip else "inside the image"
-        if by_donor and not clip:
-            inside = self.say("inside Image", k=str(len(shown) + 1))[0]
-            if kind == "compose":
-                words["base ground"] = self.say("ground of Image", k=str(len(shown) + 1))[0]
-        text, stated = self.say(f"{kind} as" if by_donor and kind != "compose" else kind, **words)
-        if kind != "compose":
-            text, _ = self.say("edit", text=text, inside=inside)
+        text, stated = self.phrase_edit(kind, scene, changed, words, by_donor, clip)
         color = new.color if by_donor or "color" in stated else it.color
-        size = new.size if "size" in stated and not by_donor else it.size
+        size = new.size if "size" in stated else it.size
         left = {
             "recolor": others + [item._replace(color=new.color) for item in changed],
             "replace": [*others, it._replace(shape=new.shape, color=color, size=size)],
-            "add": [*objects, placed(new, cell)],
+            "add": [*objects, added],
             "remove": others,
             "background": objects,
-            "move": [*others, placed(it, cell)],
+            "move": [*others, it._replace(cell=cell, jitter=(0, 0))],
             "resize": others + [item._replace(size=new.size) for item in changed],
             "compose": [new],
         }
         told = target = Scene(ground if kind == "background" else here, left[kind])
         if kind == "add" and not by_donor:
-            told = Scene(here, [*objects, told_of(target.objects[-1], stated | {"motion"})])
+            told = Scene(here, [*objects, told_of(added, stated | {"motion"})])
+            if "color" not in stated and any(item.shape == new.shape for item in objects):
+                return None  # the text could mean the one that is there
         different = describe(target, clip) != describe(scene, clip)
         fitting = all(GROWTH.get(item.motion, item.size) == item.size for item in target.objects)
         if not (different and fitting and self.is_fine(target.objects)):
             return None
-        seen = {item.shape for item in objects}
-        if kind == "add" and not by_donor and "color" not in stated and new.shape in seen:
-            return None  # the text could mean the one that is there
+        if by_donor and kind == "replace" and new.size != it.size:
+            return None  # whose size?
         if not both and len({item[:2] for item in target.objects}) < len(target.objects):
             return None
-        images, video = shown if by_donor else [], scene
-        if not clip:
-            images, video = [*images, scene], None
+        images = shown if by_donor else []
+        images, video = (images, scene) if clip else ([*images, scene], None)
         return Sample(kind, describe(target, clip), self.mumble(text), images, video, target, told)
+
+    def phrase_edit(self, kind, scene, changed, words, by_donor, clip):
+        """The text of an edit of one or two objects of a scene, and the names of the facts that it states.
+        `words` are what it can say, under the names that language.py uses."""
+        rule, named, both = kind, changed[0], len(changed) == 2
+        if by_donor:
+            rule = kind if kind == "compose" else f"{kind} as"
+        elif kind == "add" and words["motion"] != "standing still":
+            rule = "add moving"
+        elif kind in ("recolor", "background", "move") and not both and self.random() < 0.12:
+            rule = f"{kind} from"
+        elif kind == "remove" and not both and len(scene.objects) == 2 and self.random() < 0.15:
+            rule, [named] = "keep only", [item for item in scene.objects if item != named]
+        where = "inside the video" if clip else "inside Image" if by_donor else "inside the image"
+        inside = {"inside": where, "k": words["last"]}
+        if kind == "compose":
+            words["base ground"] = self.say("ground of Image", **inside)[0]
+        elif kind not in ("add", "background"):  # their texts name no object of the scene
+            by = "motion" if clip else "place"  # in clips, objects leave their places
+            words["it"] = self.say("each")[0] if both else self.refer(named, scene, by)
+            if not both and self.random() < 0.1:
+                words["it"] = self.say("inside", it=words["it"], **inside)[0]
+        text, stated = self.say(rule, **words)
+        if kind != "compose":
+            text, _ = self.say("edit all" if both or rule == "keep only" else "edit", text=text, **inside)
+        return text, stated
 
     def cast(self, images, clip):
         """Images of one object each -> video of one or two of these objects, which begin where the text says,
@@ -359,12 +382,11 @@ class SampleMaker(Speaker):
                 item, k = objects[place], {"k": str(number + 1)}
                 text, stated = self.say("star", donor=self.say("of Image", **k)[0], **facts(item))
                 parts.append(text)
-                seen = item
+                seen = item._replace(motion="standing still")
                 if "cell" in stated:
                     objects[place] = item._replace(jitter=(0, 0))
                     cell = self.choice([cell for cell in CELLS if cell != item.cell])
-                    seen = self.object()._replace(cell=cell)
-                seen = Object(*item[:3], seen.cell, "standing still", seen.jitter)
+                    seen = seen._replace(cell=cell, jitter=self.object().jitter)
                 shown[number] = shown[number]._replace(objects=[seen])
             if self.is_fine(objects):
                 break
@@ -377,6 +399,7 @@ class SampleMaker(Speaker):
             text, stated = self.say("stars", list=text, ground=ground)
             if "ground" not in stated:
                 ground = shown[0].background
+                shown = [scene._replace(background=ground) for scene in shown]
         target = Scene(ground, objects)
         return Sample("", describe(target, clip), self.mumble(text), shown, None, target, target)
 
@@ -393,9 +416,8 @@ class SampleMaker(Speaker):
         shown = [self.scene(self.randint(0, 2 if clip else 3), clip) for _ in range(images or 1)]
         number = self.randrange(len(shown))
         text, _ = self.say("watch" if clip else "look", k=str(number + 1))
-        video, shown = (shown[0], []) if clip else (None, shown)
-        target = video or shown[number]
-        return Sample("", text, text, shown, video, target, target)
+        target = shown[number]
+        return Sample("", text, text, [] if clip else shown, target if clip else None, target, target)
 
     def copy(self, images, clip):
         """One of the images, to be made again."""
@@ -444,11 +466,10 @@ class ToyWorld(Source):
         """A list of what `draw` returns -> Batch."""
         if isinstance(samples[0], Sample):
             return self.render(task, samples, device)
-        layout = task, samples[0][0]
+        layout, numbers = (task, samples[0][0]), [number for _, number in samples]
         if layout not in self.encoded:
             self.encoded[layout] = self.encode(*layout, device)
-        kept, numbers = self.encoded[layout], [number for _, number in samples]
-        rows = torch.tensor(numbers, device=device)
+        kept, rows = self.encoded[layout], torch.tensor(numbers, device=device)
         prompts, short_prompts = ([texts[n] for n in numbers] for texts in (kept.prompts, kept.short_prompts))
         references = []
         for whole in kept.references:
