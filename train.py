@@ -791,7 +791,9 @@ def contact_sheet(rows, least=96):
     height = scale * tallest + 34
     headings = dict.fromkeys(heading for _, row in rows for heading in row)
     columns = []
-    for heading in sorted(headings, key=lambda name: name if name[-1].isdigit() else "~"):  # references first
+    for heading in sorted(
+        headings, key=lambda name: name if name.startswith(("Image ", "Video ")) else "~"
+    ):  # references first
         images = {number: row[heading] for number, (_, row) in enumerate(rows) if heading in row}
         width = max(72, 12 + scale * max(image.width for image in images.values()))
         column = Image.new("RGB", (width, height * len(rows)), "lightsteelblue")

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from sample import bounded
 from toy.detect import detect, fit, in_place, is_related, keeps, moves_as_told, obeys, pairings, shrink
 from toy.world import (
-    CELLS, COLORS, GROWTH, MOTIONS, STARTS, Object, Sample, SampleMaker, Scene, ToyWorld, is_clear,
-    make_sample, relations,
+    BACKGROUNDS, CELLS, COLORS, GROWTH, MOTIONS, SHAPES, SIZES, STARTS, Object, Sample, SampleMaker, Scene,
+    ToyWorld, is_clear, make_sample, relations,
 )  # fmt: skip
 from train import TASKS, TINY, check_known, contact_sheet, make_stage, shown
 from vino import SYSTEM_PROMPT, InputError, Vino, apply_rope, attend
@@ -139,13 +140,14 @@ def score_answer(row, sample, answer, target, source):
 
 def read_caption(text):
     """A caption of `world.describe` -> (is it of a video?, Scene). Any other text -> (None, empty Scene)."""
-    text, cells, motions = text.lower(), "|".join(CELLS), "|".join(MOTIONS)
-    sentence = re.compile(rf" a (\w+) (\w+) (\w+) (?:is|starts) at the ({cells})(?: and is ({motions}))?\.")
-    start = re.match(r"an? (image|video) on an? (\w+) background\.", text)
-    if not start or sentence.sub("", text) != start[0]:
+    text, known = text.lower(), (SIZES, COLORS, SHAPES, CELLS, MOTIONS, BACKGROUNDS)
+    size, color, shape, cell, motion, ground = map("|".join, known)
+    item = rf" a ({size}) ({color}) ({shape}) (?:is|starts) at the ({cell})(?: and is ({motion}))?\."
+    start = re.match(rf"an? (image|video) on an? ({ground}) background\.", text)
+    if not start or re.sub(item, "", text) != start[0]:
         return None, Scene(None, [])
     objects = []
-    for size, color, shape, cell, moves in sentence.findall(text):
+    for size, color, shape, cell, moves in re.findall(item, text):
         objects.append(Object(shape, color, size, cell, moves or "standing still"))
     return start[1] == "video", Scene(start[2], objects)
 
@@ -435,25 +437,25 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser("toy.benchmark", "python -m toy.benchmark [SUITE ...] [options]")
     names, add = [*SUITES, "queries"], parser.add_argument
     add("suites", metavar="SUITE", nargs="*", help=f"{', '.join(names)} (default: the tables)")
-    add("--samples", metavar="N", type=int, default=100, help="of each row (default: 100)")
+    add("--samples", metavar="N", type=bounded(int, 1, 10**6), default=100, help="of each row (default: 100)")
     add("--weights", default=str(TINY), help="a .safetensors (default: assets/tiny.safetensors)")
     add("--out", default="benchmark", help="folder for benchmark.md and .png (default: benchmark)")
-    add("--seed", type=int, default=0, help="of samples and noise")
-    add("--steps", type=int, help="of the sampler")
-    add("--cfg-text", type=float)
-    add("--cfg-image", type=float)
+    add("--seed", metavar="S", type=bounded(int, 0, 2**62), default=0, help="of samples and noise")
+    add("--steps", metavar="N", type=bounded(int, 1, 1000), help="of the sampler")
+    add("--cfg-text", metavar="X", type=bounded(float, 0, 1000), help="scale of text guidance")
+    add("--cfg-image", metavar="X", type=bounded(float, 0, 1000), help="scale of image guidance")
     add("--rewrite", action=argparse.BooleanOptionalAction, help="expand prompts (default: the config's)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     check_known("suite", args.suites, names)
-    if args.samples < 1:
-        raise InputError(f"--samples {args.samples} should be at least 1")
     return args
 
 
 def benchmark(args):
     """Run the suites, print their tables, and write these and a picture."""
-    model, folder = Vino.load(args.weights, device=args.device), Path(args.out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, folder = Vino.load(args.weights, device=device), Path(args.out)
+    if "queries" in args.suites and not model.config.num_queries:
+        raise InputError(f"{args.weights} has no learnable queries")
     folder.mkdir(parents=True, exist_ok=True)
     world = ToyWorld(make_stage("3", model.config, {}), model.config, args.seed)
     settings = {"steps": args.steps, "cfg_text": args.cfg_text, "cfg_image": args.cfg_image}
@@ -473,9 +475,9 @@ def benchmark(args):
     rewrite = partial(answer, system=model.config.sampling.rewrite_system)
     ways = {"generate": make, "answer": answer, "rewrite": rewrite, "autoencode": autoencode}
     suites = [name for name in args.suites or SUITES if name != "queries"]
-    results, sheet = measure(suites, args.samples, world, args.device, ways)
+    results, sheet = measure(suites, args.samples, world, device, ways)
     if "queries" in args.suites:
-        results["queries"] = compare_queries(model, world, args.samples, args.device, ways)
+        results["queries"] = compare_queries(model, world, args.samples, device, ways)
     text = table(results) + "\nIn brackets and after ±: 95% intervals.\n"
     (folder / "benchmark.md").write_text(text)
     if sheet:
@@ -489,6 +491,9 @@ def main(arguments=None):
     except (InputError, OSError) as error:
         print(f"toy.benchmark: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("toy.benchmark: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

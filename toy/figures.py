@@ -48,6 +48,7 @@ def gallery(columns, path, tasks=()):
 
     Args: columns, {heading: (weights, settings of Vino.generate)}; tasks, by default stage 3's. A task that
     is named twice gets two samples."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     models = {name: (Vino.load(weights), more) for name, (weights, more) in columns.items()}
     config = next(iter(models.values()))[0].config
     stage, rows = make_stage("3", config, {}), []
@@ -127,7 +128,7 @@ def parse_arguments(arguments):
     parser.add_argument("what", nargs="?", choices=["all", "examples", "curves", "gallery"], default="all")
     parser.add_argument("runs", nargs="*", metavar="NAME=PATH", help="folders of runs, or weights")
     parser.add_argument("--tasks", nargs="+", default=(), help="rows of a gallery; by default stage 3's")
-    parser.add_argument("--out", default="figure.png")
+    parser.add_argument("--out", help="default: figure.png")
     return parser.parse_args(arguments)
 
 
@@ -136,16 +137,21 @@ def main(arguments=None):
     named = dict(run.split("=", 1) for run in args.runs if "=" in run)
     try:
         check_known("task", args.tasks, TASKS)
-        if Path(args.out).suffix not in (".png", ".gif"):
-            raise InputError(f"--out {args.out} should end in .png or .gif")
+        out = args.out or "figure.png"
+        if Path(out).suffix not in (".png", ".gif"):
+            raise InputError(f"--out {out} should end in .png or .gif")
+        if args.what not in ("curves", "gallery") and (args.runs or args.tasks or args.out):
+            raise InputError(f"{args.what} takes no NAME=PATH, --tasks or --out")
         if args.what in ("curves", "gallery") and len(named) < max(1, len(args.runs)):
             raise InputError(f"{args.what} needs NAME=PATH, each name once: before=assets/tiny.safetensors")
+        if not {"", "target"}.isdisjoint(named):
+            raise InputError("a NAME is empty, or 'target', which is a column of its own")
         if args.what == "curves":
-            print(compare(named, args.out))
+            print(compare(named, out))
         elif args.what == "examples":
             examples()
         elif args.what == "gallery":
-            gallery({name: (path, {}) for name, path in named.items()}, args.out, args.tasks)
+            gallery({name: (path, {}) for name, path in named.items()}, out, args.tasks)
         else:
             moving = ("t2v", "i2v", "ti2v", "tv2v", "tiv2v", "motion")
             gallery({"output": (TINY, {})}, HERE / "assets" / "hero.gif", moving)

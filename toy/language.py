@@ -438,7 +438,7 @@ class Speaker(random.Random):
         self.all_phrases, self.held_out = phrasing == "unknown", False
 
     def choice(self, options):
-        """One of the options; four times as fast as random's own method."""
+        """One of the options; faster than random's own method."""
         return options[int(self.random() * len(options))]
 
     def say(self, rule, **facts):

@@ -27,7 +27,8 @@ from toy.language import toy_tokenizer
 from toy.world import ToyWorld
 from train import HERE, Objective, Run, Stage, chance, draw_noise, make_stage
 from vino import (
-    SYSTEM_PROMPT, Condition, EncodedReference, Modulation, Vino, attend, build_prompts, read_config,
+    SYSTEM_PROMPT, Condition, Config, EncodedReference, Modulation, Vino, attend, build_prompts, read_config,
+    read_json,
 )  # fmt: skip
 
 TOY = dict(beta1=0.9, beta2=0.99, ema=0.0, area=64**2, drop=0.0, warmup=200, checkpointing=False)
@@ -178,8 +179,12 @@ def prepare(args, part, weights, out):
     found, saved = train.find_checkpoint(out, args.resume)
     device, dtype = train.start_device(args.dtype)
     weights = str(weights or saved.get("weights") or "random")
-    path = args.config or HERE / "tiny_config.json"
-    config = read_config(path, weights) if args.config or weights == "random" else None
+    config = None
+    if weights == "random":
+        changes = read_json(args.config) if args.config else {}
+        config = Config.from_dict(changes, read_config(HERE / "tiny_config.json", weights), args.config)
+    elif args.config:
+        config = read_config(args.config, weights)
     vino = Vino.load(weights, config, device, dtype)
     if weights == "random":
         vino.mm_encoder.tokenizer = toy_tokenizer()
@@ -213,7 +218,7 @@ def pretrain(args):
     """Train the parts that the command line asks for, each from the one before -> exit status."""
     folder, weights = Path(args.out or "runs/pretrain"), args.weights
     for part in [args.part] if args.part else PARTS:
-        out = folder.with_name(f"{folder.name}-{part}")
+        out = Path(f"{folder}-{part}")
         run = prepare(args, part, weights, out)
         status = train.train(run)
         if status:
