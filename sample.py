@@ -108,7 +108,7 @@ def build_parser():
     either("--prompt", metavar="TEXT", help="what to make, or what to change")
     either("--tasks", metavar="FILE", help="a .json of many jobs in the release's format; --out is a folder")
     add("--image", metavar="FILE", nargs="+", action="extend", default=[], help="Image 1, Image 2, ...")
-    add("--video", metavar="FILE", default="", help="Video 1")
+    add("--video", metavar="FILE", nargs="+", action="extend", default=[], help="Video 1, the only one")
     add("--base", action="store_true", help="the last image is the one to edit, the others guide the edit")
     add("--rewrite", action=argparse.BooleanOptionalAction, help="let the VLM expand the prompt first")
     add("--rewrite-only", action="store_true", help="only write the task file, with the VLM's captions")
@@ -136,7 +136,7 @@ def build_parser():
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, on a cpu float32")
     add("--offload", action="store_true", help="keep most weights in the host's memory: for a small GPU")
-    add("--compile", action="store_true", help="torch.compile: a minute first, then faster; for clips")
+    add("--compile", action="store_true", help="torch.compile: half a minute first, then faster; for clips")
     add("--profile", action="store_true", help="at the end print where time and memory went")
     add("--explain", action="store_true", help="only print the packed sequence: figure 5 for this call")
     return parser
@@ -146,6 +146,8 @@ def check_arguments(args):
     """Refuse arguments that exclude each other, and round sizes down to legal ones, in place."""
     if args.prompt is None and args.tasks is None:
         raise InputError("say what to make: --prompt TEXT or --tasks FILE.json")
+    if len(args.video) > 1:
+        raise InputError(f"--video takes one file, not {len(args.video)}")
     single = args.image or args.video or args.base or args.explain or args.num > 1
     if args.prompt is None and not args.out:
         raise InputError("--tasks needs --out, a folder for what it makes")
@@ -227,7 +229,7 @@ def single_job(args):
     outputs = {}
     for seed in range(args.seed, args.seed + args.num):
         outputs[seed] = out.with_stem(f"{out.stem}_{seed}") if is_folder or args.num > 1 else out
-    return Job("", task, args.prompt, args.image, args.video, args.base, outputs=outputs)
+    return Job("", task, args.prompt, args.image, "".join(args.video), args.base, outputs=outputs)
 
 
 def read_jobs(items, args):
@@ -310,12 +312,8 @@ def prepare(job, args, config):
 def notices(job, tokenizer):
     """What the user may not have meant, a line each."""
     words = dict.fromkeys(re.findall(r"[^\W\d_]+", job.caption))
-    strange = []
-    for word in words:  # a tiny model knows those that are one token, at the start or after a space
-        spellings = [tokenizer.encode(text).tokens for text in (word, f" {word}")]
-        if min(map(len, spellings)) > 1 or ["[UNK]"] in spellings:
-            strange.append(f"'{word}'")
-    if strange and tokenizer.get_vocab_size() < 1000:
+    strange = [f"'{word}'" for word in words if "[UNK]" in tokenizer.encode(word).tokens]
+    if strange:
         mean = "means" if len(strange) == 1 else "mean"
         advice = "these weights know coloured shapes only; the README tells how to get the real ones"
         yield f"{', '.join(strange)} {mean} nothing to this model: {advice}"

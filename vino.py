@@ -1381,7 +1381,7 @@ def read_video(path, frames, area, config, length=None):
     them, cut to 4k + 1 and decoded at `area` pixels; the VLM `config.video_frames` spread over all."""
     count = sum(1 for _ in islice(read_frames(path), length))
     if count < 5:
-        raise InputError(f"{path} has {count} frame(s), and the VAE needs at least 5")
+        raise InputError(f"{path} has {count} frame(s), and a video needs at least 5")
     first = islice(read_frames(path, area), (min(frames, count) - 1) // 4 * 4 + 1)
     wanted = spread_frames(count, config.video_frames)
     seen = {i: frame for i, frame in enumerate(islice(read_frames(path), count)) if i in wanted}

@@ -122,10 +122,15 @@ def compare(folders, path):
     return "\n".join(lines)
 
 
+EXAMPLE = {"curves": "mine=runs/stage3", "gallery": "mine=runs/stage3/final.safetensors"}
+
+
 def parse_arguments(arguments):
     usage = "python -m toy.figures [examples|curves|gallery] [NAME=PATH ...]"
     parser = argparse.ArgumentParser("toy.figures", usage)
-    parser.add_argument("what", nargs="?", choices=["all", "examples", "curves", "gallery"], default="all")
+    choices = ["all", "examples", "curves", "gallery"]
+    about = "by default all, which redraws hero.gif, tasks.png and guidance.png in assets/"
+    parser.add_argument("what", nargs="?", choices=choices, default="all", help=about)
     parser.add_argument("runs", nargs="*", metavar="NAME=PATH", help="folders of runs, or weights")
     parser.add_argument("--tasks", nargs="+", default=(), help="rows of a gallery; by default stage 3's")
     parser.add_argument("--out", help="default: figure.png")
@@ -143,7 +148,7 @@ def main(arguments=None):
         if args.what not in ("curves", "gallery") and (args.runs or args.tasks or args.out):
             raise InputError(f"{args.what} takes no NAME=PATH, --tasks or --out")
         if args.what in ("curves", "gallery") and len(named) < max(1, len(args.runs)):
-            raise InputError(f"{args.what} needs NAME=PATH, each name once: before=assets/tiny.safetensors")
+            raise InputError(f"{args.what} needs NAME=PATH, each name once, such as {EXAMPLE[args.what]}")
         if not {"", "target"}.isdisjoint(named):
             raise InputError("a NAME is empty, or 'target', which is a column of its own")
         if args.what == "curves":
