@@ -1,6 +1,6 @@
 # chain.sh: stage 1 (the connectors follow the VLM) and stage 3 on all GPUs, from base; over at the second (of the epoch) that $W/end holds, benchmarks included
 . ${HERE:-/tmp/go}/common.sh
-cd $R; export OUT=$W/home; mkdir -p $OUT; B=${B:-256}; B3=$(cat $W/batch 2>/dev/null || echo $((2*B))); E=${E:-4096}; X="--dtype=$DT"; C=${C---compile}; G=$(seq -s, 0 $((N-1))); LB=${LB:-70}
+cd $R; export OUT=$W/home; mkdir -p $OUT; B=${B:-256}; B3=$(cat $W/batch 2>/dev/null || echo $((2*B))); E=${E:-4096}; X="--dtype=$DT"; C=${C---compile}; G=$(seq -s, 0 $((N-1))); LB=${LB:-85}
 [ -f $W/stage1/final.safetensors ] || run stage1 $G 110 ${T1:-35} 0.3 train --stage=1 --shard=ddp --weights=$W/base.safetensors --out=$W/stage1 --batch=$B --encode-once=1024 $X
 echo '{"training": {"3": {"area": 4096, "checkpointing": false, "warmup": 100, "ema": 0.998, "shift": 3.0, "mixture": {"t2i": 0.14, "t2v": 0.14, "i2v": 0.06, "motion": 0.06, "ti2i": 0.16, "ti2i_ref": 0.08, "ti2v": 0.13, "tv2v": 0.13, "tiv2v": 0.10}}}}' > $W/s3.json
 end=$(cat $W/end)
