@@ -1,5 +1,5 @@
 . ${HERE:-/tmp/go}/common.sh
-F=$W/stage3/final.safetensors; DEV=${DEV:-cuda}; S=${S:-100}; end=$(cat $W/end); L=$(( end - $(date +%s) - 8 )); RB=${RB:-/tmp/rootB}
+F=$W/stage3/final.safetensors; S=${S:-100}; end=$(cat $W/end); L=$(( end - $(date +%s) - 8 )); RB=${RB:-/tmp/rootB}
 $PY - $F $W/bench.safetensors <<'P'
 import sys, json
 from safetensors import safe_open
@@ -9,7 +9,7 @@ with safe_open(src, "pt") as f: meta = f.metadata()
 c = json.loads(meta["config"]); c["sampling"].pop("rewrite_prefix", None); meta["config"] = json.dumps(c)
 save_file(load_file(src), dst, meta)
 P
-go() { local gpu=$1 id=$2; shift 2; (cd $RB && CUDA_VISIBLE_DEVICES=$gpu timeout -k 3 $L $PY -m toy.benchmark "$@" --weights $W/bench.safetensors --samples $S --device $DEV --out $W/bench-$id ${STEPS:-} > $W/bench-$id.log 2>&1; echo "== bench $id $* rc $? at $(now) s"); }
+go() { local gpu=$1 id=$2; shift 2; (cd $RB && CUDA_VISIBLE_DEVICES=$gpu timeout -k 3 $L $PY -m toy.benchmark "$@" --weights $W/bench.safetensors --samples $S --out $W/bench-$id ${STEPS:-} > $W/bench-$id.log 2>&1; echo "== bench $id $* rc $? at $(now) s"); }
 go 0 0 phrasings &
 go 1 1 geneval &
 go 2 2 gedit &
