@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from vino import (
     InputError, MMDiT, Reference, Vino, agree, compiled, crop16, existing, flow_loss, letterbox, normalize,
-    open_safetensors, override, read_config, read_frames, read_image, read_json, read_video, sample,
+    open_safetensors, override, read_config, read_frames, read_image, read_json, read_video, reading, sample,
     scaled_size, to_frames,
 )  # fmt: skip
 
@@ -810,8 +810,11 @@ def contact_sheet(rows, least=96):
 def read_metrics(folder):
     """A run's records; a last line that was cut short does not count."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    if not path.exists():
+        return []
+    with reading(path, "a run's metrics"):
+        lines = path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 # --- 9. The command line ------------------------------------------------------------------------------------

@@ -630,6 +630,13 @@ def test_a_gallery_shows_inputs_target_and_every_models_output(tmp_path, monkeyp
         assert picture.n_frames == 9
 
 
+def test_a_caption_in_other_words_describes_no_scene():
+    right = "An image on a gray background. A small red circle is at the top."
+    assert benchmark.read_caption(right)[1].objects[0][:4] == ("circle", "red", "small", "top")
+    for wrong in (right.replace("small", "banana"), right.replace("gray", "pink"), right + " Or two."):
+        assert benchmark.read_caption(wrong) == (None, world.Scene(None, []))
+
+
 @pytest.mark.parametrize("call", ["imgedit", "--weights missing.safetensors"])
 def test_a_suite_or_a_file_that_does_not_exist_is_one_line(call, tmp_path, capsys):
     assert benchmark.main([*call.split(), "--out", str(tmp_path)]) == 2
@@ -644,9 +651,14 @@ def test_a_suite_or_a_file_that_does_not_exist_is_one_line(call, tmp_path, capsy
         ("gallery", "gallery needs NAME=PATH"),
         ("curves a=runs/stage3 runs/other", "curves needs NAME=PATH"),
         ("gallery a=b.safetensors --out note.txt", "note.txt should end in .png or .gif"),
+        ("gallery target=b.safetensors", "a column of its own"),
+        ("examples --out mine.png", "examples takes no NAME=PATH, --tasks or --out"),
+        ("curves a=.", "metrics.jsonl is not a run's metrics"),
     ],
 )
-def test_a_picture_that_cannot_be_drawn_is_one_line(call, problem, capsys):
+def test_a_picture_that_cannot_be_drawn_is_one_line(call, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("metrics.jsonl").write_text("not a record\n")
     assert figures.main(call.split()) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert problem in line
