@@ -229,7 +229,7 @@ def single_job(args):
     outputs = {}
     for seed in range(args.seed, args.seed + args.num):
         outputs[seed] = out.with_stem(f"{out.stem}_{seed}") if is_folder or args.num > 1 else out
-    return Job("", task, args.prompt, args.image, "".join(args.video), args.base, outputs=outputs)
+    return Job("", task, args.prompt, args.image, *(args.video or [""]), args.base, outputs=outputs)
 
 
 def read_jobs(items, args):

@@ -1548,7 +1548,7 @@ BAD = {
     "--prompt x --out wide.png/a.png": "wide.png: File exists",
     "--prompt x --weights clip.mp4": "clip.mp4 is neither a .safetensors nor a folder",
     "--tasks good.json --out clip.mp4": "--out clip.mp4 is a file; --tasks needs a folder",
-    "--prompt x --config image_size.json": "field 'sampling.image_size' should be two multiples of 16",
+    "--prompt x --config image_size.json": "image_size.json: field 'sampling.image_size' should be two",
     "--prompt x --config fps.json": "fps.json: field 'sampling.fps' should be at least 1",
     "--prompt x --config shift.json": "shift.json: field 'sampling.shift' should be two values",
     "--prompt x --config cut.png": "cut.png is not JSON, or is cut short",

@@ -790,10 +790,9 @@ def contact_sheet(rows, least=96):
     scale = max(1, least // tallest)
     height = scale * tallest + 34
     headings = dict.fromkeys(heading for _, row in rows for heading in row)
+    references = sorted(name for name in headings if name.startswith(("Image ", "Video ")))
     columns = []
-    for heading in sorted(
-        headings, key=lambda name: name if name.startswith(("Image ", "Video ")) else "~"
-    ):  # references first
+    for heading in dict.fromkeys([*references, *headings]):
         images = {number: row[heading] for number, (_, row) in enumerate(rows) if heading in row}
         width = max(72, 12 + scale * max(image.width for image in images.values()))
         column = Image.new("RGB", (width, height * len(rows)), "lightsteelblue")

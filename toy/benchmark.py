@@ -251,7 +251,7 @@ KINDS = ("long prompts", "short prompts")  # in turn, where a suite has both
 
 
 def requests_by_others(task):
-    """The Samples of by_others.json, whose author had not seen the grammar. What a text leaves free is drawn,
+    """The Samples of by_others.json, whose author has not seen the grammar. What a text leaves free is drawn,
     for the target."""
     requests = json.loads(Path(__file__).with_name("by_others.json").read_text())
     maker, still = SampleMaker(f"by others {task}"), ["standing still"] * (not TASKS[task].clip)
