@@ -332,23 +332,32 @@ def run(job, args, config, tokenizer, load):
     say(*notices(job, tokenizer))  # after all that may end in an error line
     by_default = config.sampling.rewrite and job.task in ("t2i", "t2v") and args.weights != "random"
     by_default = by_default and not job.caption_raw
-    if args.rewrite_only or (by_default if args.rewrite is None else args.rewrite):
-        job.caption = load().rewrite([job.caption_raw or job.caption], images, video)[0] or job.caption
-        say(f"rewritten: {job.caption}")
+    rewrites = args.rewrite_only or (by_default if args.rewrite is None else args.rewrite)
+
+    def caption(seed):
+        if not rewrites:
+            return job.caption
+        text = load().rewrite([job.caption_raw or asked], images, video, seed)[0] or asked
+        say(f"rewritten: {text}")
+        return text
+
+    if args.rewrite_only:
+        job.caption = caption(args.seed)
     if args.explain:
         references = [*images, video] if video else images
         config = replace(config, num_queries=0) if args.no_queries else config
-        show(explain(job.caption, references, size, tokenizer, config))
+        show(explain(caption(args.seed), references, size, tokenizer, config))
     for seed, path in outputs.items():
         say("{}: {} frame(s) of {} x {}, seed {}".format(TASKS[job.task], *size, seed))
+        prompt = caption(seed)
         pixels = load().generate(
-            [job.caption], images, video, size=size, base=job.ref_image_have_base, steps=args.steps,
+            [prompt], images, video, size=size, base=job.ref_image_have_base, steps=args.steps,
             shift=args.shift, cfg_text=args.cfg_text, cfg_image=args.cfg_image, seed=seed,
             negative_prompt=args.negative_prompt, progress=RANK == 0,
             group=dist.group.WORLD if WORLD > 1 else None,
         )  # fmt: skip
         if pixels is not None:
-            facts = {"command": args.command, "seed": seed, "asked": asked, "prompt": job.caption}
+            facts = {"command": args.command, "seed": seed, "asked": asked, "prompt": prompt}
             write(path, encode(path.suffix.lower(), pixels[0], config.sampling.fps, facts))
             show(path)
 

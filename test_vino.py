@@ -290,11 +290,21 @@ def test_answers_are_greedy_and_the_same_alone_and_in_a_batch(tiny, photo):
     assert ask(["What is it?"]) == [encoder.tokenizer.decode(theirs.tolist()).strip()]
 
 
+def test_each_seed_has_its_own_caption_of_the_likelier_half_of_what_the_vlm_could_write():
+    model = Vino.load(train.TINY)
+    captions = model.rewrite(["two squares"] * 6, seed=3)
+    assert len({*captions}) > 2 and captions[2] == model.rewrite(["two squares"], seed=5)[0]
+    logits = torch.tensor([[0.1, 0.3, 0.4, 0.2]]).log()
+    generators = [torch.Generator().manual_seed(0)]
+    assert {vino.next_token(logits, generators).item() for _ in range(50)} == {1, 2}
+    assert vino.next_token(logits, None).item() == 2
+
+
 def test_rewriting_shows_the_vlm_the_references_and_a_system_line_of_its_own(tiny, photo):
     with patch.object(tiny.mm_encoder, "answer") as answer:
         tiny.rewrite(["Make it blue."], [photo])
-    prompts, [reference], system = answer.call_args.args
-    assert prompts == ["Make it blue."] and system == tiny.config.sampling.rewrite_system
+    prompts, [reference], system, seed = answer.call_args.args
+    assert prompts == ["Make it blue."] and system == tiny.config.sampling.rewrite_system and seed == 0
     assert torch.equal(reference.latents, tiny.encode(photo).latents)
 
 
@@ -1441,7 +1451,7 @@ def test_explain_is_the_sequence_that_the_model_sees(media, capsys, monkeypatch)
         assert ours == [str(start), f"{start + 1}-{end - 1}", str(end)]
 
 
-EXPANDING = patch.object(Vino, "rewrite", lambda _, texts, images, video: [f"{texts[0]} of {len(images)}"])
+EXPANDING = patch.object(Vino, "rewrite", lambda _, texts, images, *more: [f"{texts[0]} of {len(images)}"])
 
 
 @EXPANDING

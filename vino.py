@@ -107,6 +107,8 @@ class VisionConfig:
 # Attention kernels that take any length as it comes: all but cuDNN's, which plans each new one for up to 1 s.
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+NUCLEUS = 0.5  # of the next token's probability, when the VLM expands prompts
+
 SYSTEM_PROMPT = "You are a helpful assistant aimed at generating an output video caption."
 
 
@@ -304,17 +306,21 @@ class MultiModalEncoder(nn.Module):
         return [layer.unflatten(0, (batch, -1)) for layer in (features, *deepstack)]
 
     @torch.no_grad()
-    def answer(self, prompts, references=(), system=SYSTEM_PROMPT, max_new_tokens=256):
-        """The VLM's text answers to B prompts about EncodedReferences, by greedy decoding."""
+    def answer(self, prompts, references=(), system=SYSTEM_PROMPT, seed=None, max_new_tokens=256):
+        """The VLM's text answers to B prompts about EncodedReferences: by greedy decoding, or with a seed by
+        nucleus sampling, answer i from seed + i."""
         batch = build_prompts(self.tokenizer, prompts, references, self.merge, system)
         cache = DynamicCache()
         end = self.tokenizer.token_to_id("<|im_end|>")
         last, _ = self.prefill(batch, references, cache)
         positions, mask = batch.positions[:, :, -1:], batch.mask
         done = torch.zeros(len(last), dtype=torch.bool, device=last.device)
-        ids = []
+        ids, generators = [], None
+        if seed is not None:
+            generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         while len(ids) < max_new_tokens and not done.all():
-            ids.append(self.mm_encoder.lm_head(last[:, -1]).argmax(-1).masked_fill(done, end))  # [B]
+            token = next_token(self.mm_encoder.lm_head(last[:, -1]), generators)  # [B]
+            ids.append(token.masked_fill(done, end))
             done |= ids[-1] == end
             positions = positions + 1
             mask = None if mask is None else F.pad(mask, (0, 1), value=True)
@@ -322,6 +328,17 @@ class MultiModalEncoder(nn.Module):
             last, _ = self.language(embeds, positions, mask, cache)
         rows = torch.stack(ids, 1).tolist()
         return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+def next_token(logits, generators):
+    """The likeliest token of each row [B, V]; or, with a generator for each, one drawn from its nucleus: the
+    likeliest tokens that hold `NUCLEUS` of the probability."""
+    if generators is None:
+        return logits.argmax(-1)
+    p, tokens = logits.float().softmax(-1).sort(descending=True)
+    p[p.cumsum(-1) - p > NUCLEUS] = 0
+    places = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(p.cpu(), generators)]
+    return tokens.gather(1, torch.stack(places).to(tokens.device))[:, 0]
 
 
 def build_vlm(config):
@@ -975,10 +992,11 @@ class Vino(nn.Module):
         """The frozen VLM's answers to B questions about References (C.1, table 9)."""
         return self.mm_encoder.answer(questions, self.encode_all(images, video))
 
-    def rewrite(self, prompts, images=(), video=None):
-        """Expand B prompts into captions with the VLM (tables 2 and 3 mark rewritten prompts by a dagger)."""
+    def rewrite(self, prompts, images=(), video=None, seed=0):
+        """Expand B prompts into captions with the VLM (tables 2 and 3 mark rewritten prompts by a dagger):
+        caption i from seed + i, which decides what a prompt leaves open."""
         references = self.encode_all(images, video)
-        return self.mm_encoder.answer(prompts, references, self.config.sampling.rewrite_system)
+        return self.mm_encoder.answer(prompts, references, self.config.sampling.rewrite_system, seed)
 
     def encode_all(self, images, video):
         references = images if video is None else [*images, video]

@@ -358,16 +358,16 @@ def table(results):
     return "\n".join(lines) + "\n"
 
 
-def generate(vino, batch, **settings):
+def generate(vino, batch, seed=0, **settings):
     """What the model makes of a Batch, with guidance -> pixels [B, 3, T, H, W]. Prompts without references
     are expanded first, if the config says so."""
     images = [reference for reference in batch.references if not reference.is_video]
     videos = batch.references[len(images) :]
     prompts = batch.prompts
     if vino.config.sampling.rewrite and not batch.references:
-        prompts = vino.rewrite(prompts)
+        prompts = vino.rewrite(prompts, seed=seed)
     size, base = tuple(batch.target.shape[2:]), batch.task == "ti2i_ref"
-    return vino.generate(prompts, images, *videos, size=size, base=base, **settings)
+    return vino.generate(prompts, images, *videos, size=size, base=base, seed=seed, **settings)
 
 
 # --- Figure 13: the learnable queries in the finished model -------------------------------------------------
@@ -465,14 +465,17 @@ def benchmark(args):
     def make(batch):
         return generate(model, batch, seed=batch.key[0], **settings).cpu()
 
-    def answer(batch, system=SYSTEM_PROMPT):
-        return model.mm_encoder.answer(batch.prompts, [*map(model.encode, batch.references)], system)
+    def answer(batch, system=SYSTEM_PROMPT, seed=None):
+        references = [*map(model.encode, batch.references)]
+        return model.mm_encoder.answer(batch.prompts, references, system, seed)
+
+    def rewrite(batch):
+        return answer(batch, model.config.sampling.rewrite_system, batch.key[0])
 
     @torch.no_grad()
     def autoencode(batch):
         return model.vae.decode(model.vae.encode(batch.target)).float().cpu()
 
-    rewrite = partial(answer, system=model.config.sampling.rewrite_system)
     ways = {"generate": make, "answer": answer, "rewrite": rewrite, "autoencode": autoencode}
     suites = [name for name in args.suites or SUITES if name != "queries"]
     results, sheet = measure(suites, args.samples, world, device, ways)

@@ -564,7 +564,7 @@ def test_the_shipped_weights_are_small_and_their_vae_and_vlm_know_the_toy_world(
 
 def test_a_benchmark_writes_its_table_with_intervals_and_its_picture(tmp_path, capsys, monkeypatch):
     expanded = []
-    monkeypatch.setattr(Vino, "rewrite", lambda self, prompts: expanded.extend(prompts) or prompts)
+    monkeypatch.setattr(Vino, "rewrite", lambda self, prompts, seed: expanded.extend(prompts) or prompts)
     call = ["geneval", "--samples", "2", "--steps", "1", "--out", str(tmp_path / "b")]
     assert benchmark.main(call) == 0
     text = (tmp_path / "b/benchmark.md").read_text()
