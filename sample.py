@@ -12,7 +12,7 @@ The task follows from what you give:
     a video             an edit of it; images guide the edit, or get the video's motion or camera
 
 An edit has the shape of what it edits: --height and --width then set its area only.
-An existing file is kept, unless the very same command made it or --overwrite is given.
+An existing result is kept, unless the very same command made it or --overwrite is given.
 A wrong command gets one line on stderr and exit status 2, before the model is loaded.
 """
 
@@ -119,8 +119,9 @@ def build_parser():
     add("--frames", metavar="N", type=bounded(int, 1, 10**6), help="4k + 1; 1 is an image")
     add("--height", metavar="H", type=side, help="a multiple of 16, together with --width")
     add("--width", metavar="W", type=side, help="a multiple of 16, together with --height")
-    add("--seed", metavar="S", type=bounded(int, 0, 2**62), default=0, help="of the noise (default: 0)")
-    add("--num", metavar="K", type=bounded(int, 1, 10000), default=1, help="make K: seeds S, S + 1, ...")
+    seed = bounded(int, 0, 2**32 - 1)  # torch's generator on the CPU uses 32 bits
+    add("--seed", metavar="S", type=seed, default=0, help="of the noise and the VLM's caption (default: 0)")
+    add("--count", metavar="K", type=bounded(int, 1, 10000), default=1, help="make K: seeds S, S + 1, ...")
 
     add = parser.add_argument_group("sampling (the config has defaults for images and videos)").add_argument
     add("--steps", metavar="N", type=bounded(int, 1, 1000), help="of the sampler")
@@ -134,7 +135,7 @@ def build_parser():
     add("--weights", metavar="W", help="a .safetensors, a folder of the public weights, 'hub' or 'random'")
     add("--config", metavar="FILE", help="a .json with the fields of the config to change")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16, on a cpu float32")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, on a cpu float32")
     add("--offload", action="store_true", help="keep most weights in the host's memory: for a small GPU")
     add("--compile", action="store_true", help="torch.compile: half a minute first, then faster; for clips")
     add("--profile", action="store_true", help="at the end print where time and memory went")
@@ -148,11 +149,11 @@ def check_arguments(args):
         raise InputError("say what to make: --prompt TEXT or --tasks FILE.json")
     if len(args.video) > 1:
         raise InputError(f"--video takes one file, not {len(args.video)}")
-    single = args.image or args.video or args.base or args.explain or args.num > 1
+    single = args.image or args.video or args.base or args.explain or args.count > 1
     if args.prompt is None and not args.out:
         raise InputError("--tasks needs --out, a folder for what it makes")
     if args.prompt is None and single:
-        raise InputError("--tasks excludes --image, --video, --base, --num and --explain")
+        raise InputError("--tasks excludes --image, --video, --base, --count and --explain")
     if args.rewrite_only and (args.prompt is not None or not args.out.endswith(".json")):
         raise InputError("--rewrite-only goes with --tasks FILE.json and --out FILE.json")
     if (args.height is None) != (args.width is None):
@@ -173,7 +174,7 @@ def choose_device(args):
         probe = torch.zeros(1, device=name)
         probe.item()  # fails on "meta"
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not here ({error})") from error
+        raise InputError(f"--device {name} is not here") from error
     args.device = str(probe.device) if probe.is_cuda else probe.device.type  # safetensors knows no "cpu:0"
     if probe.is_cuda:
         torch.cuda.set_device(probe.device)
@@ -224,11 +225,11 @@ def single_job(args):
         slug = re.sub(r"[\W_]+", "-", args.prompt.lower())[:48].strip("-") or "vino"
         out = out / f"{slug}{legal[0]}"
     elif suffix not in legal:
-        hint = "" if is_video else "; .mp4 and .gif make a video"
+        hint = "" if is_video else "; .mp4 and .gif make a video of 5 frames or more"
         raise InputError(f"--out {out}: {TASKS[task]} goes to a {' or '.join(legal)}, or a folder{hint}")
     outputs = {}
-    for seed in range(args.seed, args.seed + args.num):
-        outputs[seed] = out.with_stem(f"{out.stem}_{seed}") if is_folder or args.num > 1 else out
+    for seed in range(args.seed, args.seed + args.count):
+        outputs[seed] = out.with_stem(f"{out.stem}_{seed}") if is_folder or args.count > 1 else out
     return Job("", task, args.prompt, args.image, *(args.video or [""]), args.base, outputs=outputs)
 
 
@@ -326,9 +327,9 @@ def notices(job, tokenizer):
 def run(job, args, config, tokenizer, load):
     """Do a job, from its references to its files. `load` gives the model."""
     images, video, size = prepare(job, args, config)
-    outputs, asked = {} if args.explain or args.rewrite_only else job.outputs, job.caption
+    outputs = {} if args.explain or args.rewrite_only else job.outputs
     for seed, path in outputs.items():
-        check_writable(path, args, seed, asked)
+        check_writable(path, args, seed, job.caption)
     say(*notices(job, tokenizer))  # after all that may end in an error line
     by_default = config.sampling.rewrite and job.task in ("t2i", "t2v") and args.weights != "random"
     by_default = by_default and not job.caption_raw
@@ -337,7 +338,7 @@ def run(job, args, config, tokenizer, load):
     def caption(seed):
         if not rewrites:
             return job.caption
-        text = load().rewrite([job.caption_raw or asked], images, video, seed)[0] or asked
+        text = load().rewrite([job.caption_raw or job.caption], images, video, seed)[0] or job.caption
         say(f"rewritten: {text}")
         return text
 
@@ -357,7 +358,7 @@ def run(job, args, config, tokenizer, load):
             group=dist.group.WORLD if WORLD > 1 else None,
         )  # fmt: skip
         if pixels is not None:
-            facts = {"command": args.command, "seed": seed, "asked": asked, "prompt": prompt}
+            facts = {"command": args.command, "seed": seed, "asked": job.caption, "prompt": prompt}
             write(path, encode(path.suffix.lower(), pixels[0], config.sampling.fps, facts))
             show(path)
 
@@ -482,8 +483,7 @@ def run_tasks(args, do, load):
         raise InputError(f"--out {out} is a file; --tasks needs a folder")
     else:
         out.mkdir(parents=True, exist_ok=True)
-    if not args.explain:
-        load()  # what fails here fails every item
+    load()  # what fails here fails every item
     for position, job in enumerate(jobs, 1):
         name = job.outputs[args.seed].name
         say(f"[{position}/{len(jobs)}] {name}")

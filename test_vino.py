@@ -35,6 +35,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
@@ -1399,7 +1400,7 @@ def test_an_edit_takes_its_shape_from_what_it_edits_and_only_its_area_from_the_c
 
 def test_the_same_command_gives_the_same_pixels_and_many_seeds_equal_single_runs(media):
     call = ["--prompt", "a dot", "--height", "40", "--width", "50"]
-    assert sample_py(*call, "--seed", "3", "--num", "2", "--out", "dots") == 0  # makes the folder
+    assert sample_py(*call, "--seed", "3", "--count", "2", "--out", "dots") == 0  # makes the folder
     assert sample_py(*call, "--seed", "4", "--out", "a.png") == sample_py(*call, "--out", "b.png") == 0
     three, four, a, b = pixels("dots/a-dot_3.png", "dots/a-dot_4.png", "a.png", "b.png")
     assert (four == a).all() and a.shape == (32, 48, 3)
@@ -1451,18 +1452,24 @@ def test_explain_is_the_sequence_that_the_model_sees(media, capsys, monkeypatch)
         assert ours == [str(start), f"{start + 1}-{end - 1}", str(end)]
 
 
-EXPANDING = patch.object(Vino, "rewrite", lambda _, texts, images, *more: [f"{texts[0]} of {len(images)}"])
+EXPANDING = patch.object(
+    Vino, "rewrite", lambda _, texts, images, video, seed: [f"{texts[0]} of {len(images)}, seed {seed}"]
+)
 
 
 @EXPANDING
 def test_the_vlm_expands_a_prompt_if_told_or_if_the_config_says_so_of_text_alone(media, capsys):
-    assert sample_py("--prompt", "a dot", "--rewrite") == 0
-    assert json.loads(Image.open("a-dot_0.png").info["comment"])["prompt"] == "a dot of 0"
+    assert sample_py("--prompt", "a dot", "--rewrite", "--seed", "3", "--count", "2") == 0
+    for seed in (3, 4):
+        prompt = json.loads(Image.open(f"a-dot_{seed}.png").info["comment"])["prompt"]
+        assert prompt == f"a dot of 0, seed {seed}"
     image = ["--image", "wide.png"]
     cases = ([], True), (["--no-rewrite"], False), (image, False), ([*image, "--rewrite"], True)
     for more, expanded in cases:
         assert command_line.main(["--prompt", "a red circle", "--explain", *more]) == 0
-        assert (f"rewritten: a red circle of {'--image' in more:d}" in capsys.readouterr().err) == expanded
+        assert (
+            f"rewritten: a red circle of {'--image' in more:d}, seed 0" in capsys.readouterr().err
+        ) == expanded
 
 
 @EXPANDING
@@ -1470,12 +1477,14 @@ def test_rewrite_only_writes_the_task_file_again_and_keeps_the_captions_that_fai
     bad = {"index": "a", "task": "ti2i", "caption": "x", "ref_image_paths": ["missing.png"]}
     good = {"index": "b", "task": "ti2i", "caption": "y", "ref_image_paths": ["wide.png"], "note": "mine"}
     Path("tasks.json").write_text(json.dumps([bad, good]))
-    assert sample_py("--tasks", "tasks.json", "--rewrite-only", "--out", "new.json") == 1
+    assert sample_py("--tasks", "tasks.json", "--rewrite-only", "--out", "new.json", "--seed", "4") == 1
     last = capsys.readouterr().err.splitlines()[-2:]
     assert last == ["1 of 2 made", "  a.png: missing.png does not exist"]
-    rewritten = [bad | {"caption_raw": "x"}, good | {"caption": "y of 1", "caption_raw": "y"}]
+    rewritten = [bad | {"caption_raw": "x"}, good | {"caption": "y of 1, seed 4", "caption_raw": "y"}]
     assert json.loads(Path("new.json").read_text()) == rewritten
-    sample_py("--tasks", "new.json", "--rewrite-only", "--out", "again.json")  # from what the user wrote
+    sample_py(
+        *"--tasks new.json --rewrite-only --out again.json --seed 4".split()
+    )  # from what the user wrote
     assert json.loads(Path("again.json").read_text()) == rewritten
 
 
@@ -1542,7 +1551,7 @@ BAD = {
     "--promt x": "unrecognized arguments: --promt x",
     "--tasks a.json --rewrite-only --out a.txt": "--rewrite-only goes with",
     "--tasks a.json": "--tasks needs --out",
-    "--tasks a.json --out a --num 2": "--tasks excludes",
+    "--tasks a.json --out a --count 2": "--tasks excludes",
     "--prompt ''": "prompt is empty",
     "--prompt a\udcff": "the prompt is not valid UTF-8",
     "--prompt x --negative-prompt a\udcff": "the prompt is not valid UTF-8",
@@ -1567,7 +1576,7 @@ BAD = {
     "--prompt x --config cut.png": "cut.png is not JSON, or is cut short",
     "--prompt x --config typo.json": "typo.json: there is no field 'num_querys'",
     "--prompt x --weights hub": "cannot download Qwen/Qwen3-VL-4B-Instruct: no network",
-    "--prompt x --device moon": "--device moon: not here",
+    "--prompt x --device moon": "--device moon is not here",
     "--prompt x --offload": "--offload needs a GPU",
 }
 
@@ -1687,6 +1696,18 @@ def test_every_command_of_the_readmes_has_options_that_exist():
     for program, options in COMMANDS:
         options = re.split(r"`|\||  #|\)", options)[0].replace("…", "").replace("samples.jsonl", "a.jsonl")
         parsers[program](shlex.split(options))
+
+
+def test_torchrun_takes_none_of_our_options_for_its_own(capsys):
+    for call in (command_line.main, train.main):
+        with pytest.raises(SystemExit):
+            call(["--help"])
+    ours, theirs = (
+        {*re.findall(r"--[a-z-]+", text)} - {"--help", "--nproc-per-node"}  # the last stands in our examples
+        for text in (capsys.readouterr().out, torch.distributed.run.get_args_parser().format_help())
+    )
+    assert len(ours) > 50 and "--numa-binding" in theirs
+    assert not [option for option in ours if any(other.startswith(option) for other in theirs)]
 
 
 def test_the_recipe_of_the_readme_trains_and_draws_its_picture(tmp_path, monkeypatch):

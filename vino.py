@@ -335,10 +335,11 @@ def next_token(logits, generators):
     likeliest tokens that hold `NUCLEUS` of the probability."""
     if generators is None:
         return logits.argmax(-1)
-    p, tokens = logits.float().softmax(-1).sort(descending=True)
-    p[p.cumsum(-1) - p > NUCLEUS] = 0
-    places = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(p.cpu(), generators)]
-    return tokens.gather(1, torch.stack(places).to(tokens.device))[:, 0]
+    p, tokens = (x.cpu() for x in logits.float().softmax(-1).sort(descending=True, stable=True))
+    p[p.cumsum(-1) - p >= NUCLEUS] = 0
+    p = p.scatter(1, tokens, p)  # in the vocabulary's order
+    drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(p, generators)]
+    return torch.cat(drawn).to(logits.device)
 
 
 def build_vlm(config):

@@ -29,7 +29,7 @@ from toy.world import (
     ToyWorld, is_clear, make_sample, relations,
 )  # fmt: skip
 from train import TASKS, TINY, check_known, contact_sheet, make_stage, shown
-from vino import SYSTEM_PROMPT, InputError, Vino, apply_rope, attend
+from vino import InputError, Vino, apply_rope, attend
 
 # how: the way to make outputs, a key of `ways` in `measure`; mean: the name of a last row, the mean of the
 # others; texts: "long" or "short" prompts, or "both", for half of the samples each
@@ -440,7 +440,7 @@ def parse_arguments(arguments):
     add("--samples", metavar="N", type=bounded(int, 1, 10**6), default=100, help="of each row (default: 100)")
     add("--weights", default=str(TINY), help="a .safetensors (default: assets/tiny.safetensors)")
     add("--out", default="benchmark", help="folder for benchmark.md and .png (default: benchmark)")
-    add("--seed", metavar="S", type=bounded(int, 0, 2**62), default=0, help="of samples and noise")
+    add("--seed", metavar="S", type=bounded(int, 0, 2**31), default=0, help="of samples and noise")
     add("--steps", metavar="N", type=bounded(int, 1, 1000), help="of the sampler")
     add("--cfg-text", metavar="X", type=bounded(float, 0, 1000), help="scale of text guidance")
     add("--cfg-image", metavar="X", type=bounded(float, 0, 1000), help="scale of image guidance")
@@ -465,18 +465,16 @@ def benchmark(args):
     def make(batch):
         return generate(model, batch, seed=batch.key[0], **settings).cpu()
 
-    def answer(batch, system=SYSTEM_PROMPT, seed=None):
-        references = [*map(model.encode, batch.references)]
-        return model.mm_encoder.answer(batch.prompts, references, system, seed)
-
-    def rewrite(batch):
-        return answer(batch, model.config.sampling.rewrite_system, batch.key[0])
-
     @torch.no_grad()
     def autoencode(batch):
         return model.vae.decode(model.vae.encode(batch.target)).float().cpu()
 
-    ways = {"generate": make, "answer": answer, "rewrite": rewrite, "autoencode": autoencode}
+    ways = {
+        "generate": make,
+        "answer": lambda batch: model.answer(batch.prompts, batch.references),
+        "rewrite": lambda batch: model.rewrite(batch.prompts, batch.references, seed=batch.key[0]),
+        "autoencode": autoencode,
+    }
     suites = [name for name in args.suites or SUITES if name != "queries"]
     results, sheet = measure(suites, args.samples, world, device, ways)
     if "queries" in args.suites:
