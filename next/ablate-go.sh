@@ -1,4 +1,5 @@
 # go.sh SECONDS: start what is not started, wait, bring home texts
+SECONDS_TO_WAIT=${1:-60}
 export W=${W:-/tmp/abl} R=${R:-/tmp/root} PY=${PY:-python3}; SRC=${SRC:-.bench}; N=${N:-4}
 if [ ! -d $W ]; then
   mkdir -p $W; cp -r $SRC/root $R; cp $SRC/base0.safetensors $W/; cp -r $SRC/go $W/go
@@ -10,7 +11,7 @@ if [ ! -d $W ]; then
     i=$(( i + 1 )); sleep 1
   done
 fi
-for k in $(seq ${1:-60}); do [ $(ls $W/*/done 2>/dev/null | wc -l) = 8 ] && { echo ALL DONE; break; }; sleep 1; done
+for k in $(seq $SECONDS_TO_WAIT); do [ $(ls $W/*/done 2>/dev/null | wc -l) = 8 ] && { echo ALL DONE; break; }; sleep 1; done
 cat $W/*.log; for d in $W/*/; do for s in 1 2 3; do f=$d/stage$s.log; [ -f $f ] && { echo "-- $f"; tr '\r' '\n' < $f | grep -a . | tail -2 | cut -c1-200; }; done; done
 nvidia-smi --query-gpu=utilization.gpu,memory.used --format=csv 2>/dev/null; uptime
 (cd $W && tar czf $OUT/abl.tar.gz --exclude='*.safetensors' --exclude=checkpoints --exclude='*.png' --exclude='go' .)

@@ -43,7 +43,7 @@ training() {  # GPUs, processes, how, parts...
   export CUDA_VISIBLE_DEVICES=$1; local n=$2 how=$3; shift 3
   cd ${CODEDIR:-/tmp/code}; wait_data
   export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-  NAME=$how-$n DEADLINE=$(( T0 + ${LIMIT:-560} - 40 )) clock train-$how-$n $(left) ${RUN:-torchrun} --nproc-per-node $n --master-port ${PORT:-29513} .bench/tr.py /tmp/data "$@" -- --stage 3 --weights random --config $FULL --data /tmp/data/edit.jsonl --out ${RUNDIR:-/tmp/run-$how} --shard $how --compile --ema-on-host --accumulate 1 --validate-every 0 --save-every 1000000
+  NAME=$how-$n DEADLINE=$(( T0 + ${LIMIT:-560} - 40 )) clock train-$how-$n $(left) ${RUN:-torchrun} --nproc-per-node $n --master-port ${PORT:-29513} .bench/tr.py /tmp/data "$@" -- --stage 3 --weights random --config $FULL --data /tmp/data/edit.jsonl --out ${RUNDIR:-/tmp/run-$how} --shard $how --compile --ema-on-host --validate-every 0 --save-every 1000000
 }
 if [ "$MODE" = second ]; then
   ( export CUDA_VISIBLE_DEVICES=0; cd /tmp/code; clock micro 200 $PY .bench/micro.py ) > $OUT/gpu0.log 2>&1 & A=$!
@@ -53,6 +53,18 @@ if [ "$MODE" = second ]; then
   ( export CUDA_VISIBLE_DEVICES=0,1; cd /tmp/code; clock two $(( $(left) - 20 )) ${RUN:-torchrun} --nproc-per-node 2 --master-port 29514 .bench/two.py ) > $OUT/two.log 2>&1 & A=$!
 elif [ "$MODE" = fourth ]; then  # two GPUs: training only; SHARD fsdp or zero2
   training 0,1 2 ${SHARD:-fsdp} ${PARTS:-c33:6:p c85:4:p} > $OUT/train.log 2>&1 & A=$!
+elif [ "$MODE" = fifth ]; then  # two H200s train; offloaded and resident clip beside it. Four H100s: training first
+  offloaded() { ( export CUDA_VISIBLE_DEVICES=$1; cd /tmp/code; clock clip-offload $(( $(left) - 5 )) $PY sample.py $SAMPLE --prompt "$PROMPT" $CLIP --compile --offload --out clipo.mp4 ) > $OUT/gpu0.log 2>&1; }
+  resident() { ( export CUDA_VISIBLE_DEVICES=$1; cd /tmp/code; clock clip $(( $(left) - 5 )) $PY sample.py $SAMPLE --prompt "$PROMPT" $CLIP --compile --out clip.mp4; wait_data; stage1 ) > $OUT/gpu1.log 2>&1; }
+  if [ "${MEM:-0}" -gt 100000 ]; then
+    [ -n "$NOSAMPLE" ] || { offloaded 0 & A=$!; resident 1 & B=$!; }
+    training 2,3 2 fsdp ${PARTS:-edit:5:p c33:8:p c85:6:p} > $OUT/train.log 2>&1 & C=$!
+  else
+    LIMIT=${TRAINLIMIT:-300} training 0,1,2,3 4 fsdp ${PARTS:-c33:6:p c85:4:p} > $OUT/train.log 2>&1
+    [ -n "$NOSAMPLE" ] || { offloaded 0 & A=$!; resident 1 & B=$!; }
+  fi
+  wait $A $B $C
+  $PY -c "import imageio.v3 as i; a, b = (i.imread('/tmp/code/' + p, plugin='pyav') for p in ('clip.mp4', 'clipo.mp4')); print('== same frames:', (a == b).all(), abs(a.astype(int) - b).mean())" > $OUT/two.log 2>&1
 elif [ "$MODE" = third ]; then  # two ways of attention, each on two GPUs: flash only; cuDNN for long sequences
   cp -r /tmp/code /tmp/codeB; cp .bench/newB/vino.py /tmp/codeB/
   training 2,3 2 fsdp ${PARTS:-c33:5:p c85:5:p} > $OUT/train.log 2>&1 & A=$!

@@ -52,20 +52,17 @@ def instrument(run):
     run.averages.update = region("EMA", run.averages.update)
 
 def one_step(run, task, batches):
-    """The body of train.train's loop; make_batch is timed on its own."""
-    t0 = time.perf_counter()
-    loss, made = 0.0, 0.0
-    for micro, samples in enumerate(batches):
-        t1 = time.perf_counter()
-        batch = run.make_batch(task, micro, samples)
-        made += time.perf_counter() - t1
-        part = run.model(batch).mean() / run.args.accumulate
+    """The body of train.train's loop."""
+    loss = 0.0
+    for first, samples in batches.items():
+        batch = run.source.collate(task, samples, run.device)
+        batch.key = (run.args.seed, run.step, first)
+        part = run.model(train.drop_conditions(batch, run.stage)).mean() / run.args.accumulate
         part.backward()
         loss += part.detach()
     norm = run.clip_gradients()
     loss, signals = sums(float(loss) / WORLD, run.signal)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.stage, run.step)
+    run.optimizer.param_groups[0]["lr"] = learning_rate(run.stage, run.step)
     run.optimizer.step()
     run.averages.update(run.step)
     run.optimizer.zero_grad()
@@ -199,6 +196,7 @@ try:
     sync()
     log(f"ready; {sum(p.numel() for p in run.parameters.values()) / 1e9:.2f} billion trained; allocated {torch.cuda.memory_allocated() / 2**30 if cuda else 0:.1f} GiB; peak {torch.cuda.max_memory_allocated() / 2**30 if cuda else 0:.1f}")
     instrument(run)
+    if not os.environ.get('NOFREEZE'): train.gc.freeze()
     for part in parts:
         name, steps, *profiled = part.split(":")
         if time.time() < deadline:
