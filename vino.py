@@ -336,7 +336,7 @@ def next_token(logits, generators):
     if generators is None:
         return logits.argmax(-1)
     p, tokens = (x.cpu() for x in logits.float().softmax(-1).sort(descending=True, stable=True))
-    p[p.cumsum(-1) - p >= NUCLEUS] = 0
+    p[p.cumsum(-1) - p >= NUCLEUS] = 0  # the likelier tokens hold enough
     p = p.scatter(1, tokens, p)  # in the vocabulary's order
     drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(p, generators)]
     return torch.cat(drawn).to(logits.device)
